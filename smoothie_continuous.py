@@ -1,0 +1,457 @@
+"""Smoothie: learn a Gaussian policy from a smoothed Q-function (Nachum et al., ICML 2018, Algorithm 1).
+
+Smoothie's critic does not answer "what is action a worth?" but "what is it worth to act with Gaussian noise around a?":
+
+    Q~(s, a) = E[Q(s, a~)],  a~ ~ N(a, Sigma)                                                                    (9)
+
+Its gradient and its Hessian in the action are then the exact gradients of the expected return in the mean and in the
+covariance of the policy pi(.|s) = N(mu_theta(s), Sigma_phi), so neither update samples an action:
+
+    grad_theta O = E_s[ dQ~/da  at a = mu(s), times grad_theta mu(s) ]                                          (13)
+    grad_phi   O = E_s[ 1/2 d2Q~/da2 at a = mu(s), times grad_phi Sigma ]        (Theorem 1)              (14), (15)
+    max O_TR = O - lambda E_s[ KL(pi || pi_old) ]                                                               (20)
+
+Q~ is learned from replayed (s, a~, r, s'): a phantom action a ~ N(a~, Sigma) is regressed on r + gamma Q~'(s', mu'(s')),
+whose average over the buffer is the smoothed Bellman equation                                            (12), (18)
+
+    theta        actor.parameters()     theta', phi', w'   target_actor, target_qf (Polyak averages at rate tau)
+    phi          actor.log_var          mu_theta(s)        actor(observations)
+    Sigma_phi    exp(actor.log_var)     dQ~/da, d2Q~/da2   qf.action_derivatives(observations, actions)
+    w            qf.parameters()        lambda             args.kl_coef
+
+Actions are in normalised units everywhere but inside the environment: 1 is half the range of that dimension.
+"""
+
+import contextlib
+import csv
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+LOG_FREQUENCY = 100  # environment steps between two records of the losses, each also a check that training is sane
+EVAL_SEED_OFFSET = 10_000  # evaluation episodes start from another seed than training
+MAX_STD = 10.0  # a policy this wide, in half-ranges of the action, only ever acts at the bounds: the covariance has blown up
+
+
+@dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """name of this experiment, part of the run's folder"""
+    seed: int = 1
+    """seed of everything random: networks, exploration, replay, environment"""
+    torch_deterministic: bool = True
+    """use deterministic algorithms where a GPU has them"""
+    cuda: bool = True
+    """use the GPU if there is one"""
+    track: bool = False
+    """mirror every logged value to Weights & Biases"""
+    wandb_project_name: str = "smoothie"
+    """the project on Weights & Biases"""
+    wandb_entity: str | None = None
+    """the user or team on Weights & Biases"""
+
+    env_id: str = "Hopper-v4"
+    """the gymnasium task: a one-agent task with Box observations and bounded Box actions (Section 6.2)"""
+    total_timesteps: int = 1_000_000
+    """environment steps to train for: N of Algorithm 1"""
+    learning_starts: int = 1_000
+    """first steps, taken with uniformly random actions and without updates, for the near-uniform buffer of Section 4.2"""
+    buffer_size: int = 1_000_000
+    """transitions that the replay buffer keeps"""
+    batch_size: int = 64
+    """transitions in each of the two batches of an update: B of Algorithm 1"""
+    gamma: float = 0.99
+    """discount factor (Section 2.1)"""
+    tau: float = 0.01
+    """rate of the Polyak averages theta', phi', w': the target network lag of Algorithm 1"""
+    reward_scale: float = 0.1
+    """factor on the rewards that the critic sees (Section 6.2); logged returns are never scaled"""
+    policy_lr: float = 1e-4
+    """learning rate of theta, by Adam: eta_pi of Algorithm 1"""
+    q_lr: float = 1e-3
+    """learning rate of w, by Adam: eta_Q of Algorithm 1"""
+    max_grad_norm: float = 4.0
+    """bound on the norm of the critic's gradient; inf leaves it alone"""
+    log_var_init: float = -2.0
+    """phi_0, the initial logarithm of the variance of each action dimension, in normalised units (Section 6.2)"""
+    log_var_lr: float = 0.1
+    """learning rate of phi, by plain gradient ascent, relative to the running size of the values: eta_pi of Algorithm 1"""
+    kl_coef: float = 0.02
+    """weight of the KL penalty, relative to the running size of the values: lambda of (20)"""
+    eval_frequency: int = 5_000
+    """environment steps between two evaluations of the mean action"""
+    eval_episodes: int = 10
+    """episodes of each evaluation"""
+
+
+def make_env(env_id):
+    """Return the environment behind normalised actions: it receives bias + scale * clip(action, -1, 1), per dimension."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is what the literature reports
+            env = gym.make(env_id)
+    except (gym.error.Error, ImportError) as error:
+        sys.exit(f"--env-id {env_id}: {' '.join(str(error).split())}")
+    if not isinstance(env.observation_space, gym.spaces.Box) or not isinstance(env.action_space, gym.spaces.Box):
+        sys.exit(f"--env-id {env_id}: observations and actions must be Box, not {env.observation_space}, {env.action_space}")
+    low, high = env.action_space.low, env.action_space.high
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        sys.exit(f"--env-id {env_id}: needs finite action bounds, not {env.action_space}")
+    bias, scale = (high + low) / 2, (high - low) / 2
+    unit_box = gym.spaces.Box(-1.0, 1.0, (low.size,), low.dtype)
+    env = gym.wrappers.TransformAction(env, lambda a: bias + scale * np.clip(a, -1.0, 1.0).reshape(bias.shape), unit_box)
+    return env if len(env.observation_space.shape) == 1 else gym.wrappers.FlattenObservation(env)
+
+
+class Actor(nn.Module):
+    """The Gaussian policy N(mu_theta(s), diag(exp(phi))): forward gives mu (batch, action_dim), log_var is phi."""
+
+    def __init__(self, obs_dim, action_dim, log_var_init):
+        super().__init__()
+        self.fc1 = nn.Linear(obs_dim, 400)
+        self.fc2 = nn.Linear(400, 300)
+        self.fc_mean = nn.Linear(300, action_dim)
+        nn.init.uniform_(self.fc_mean.weight, -3e-3, 3e-3)
+        nn.init.uniform_(self.fc_mean.bias, -3e-3, 3e-3)
+        self.log_var = nn.Parameter(torch.full((action_dim,), log_var_init))
+
+    def forward(self, observations):
+        x = F.relu(self.fc1(observations))
+        x = F.relu(self.fc2(x))
+        return torch.tanh(self.fc_mean(x))
+
+
+class QNetwork(nn.Module):
+    """Q~_w(s, a) (batch,). Its units are tanh because a ReLU network has no Hessian in the action."""
+
+    def __init__(self, obs_dim, action_dim):
+        super().__init__()
+        self.fc1 = nn.Linear(obs_dim, 400)
+        self.fc2 = nn.Linear(400 + action_dim, 300)
+        self.fc_q = nn.Linear(300, 1)
+        nn.init.uniform_(self.fc_q.weight, -3e-3, 3e-3)
+        nn.init.uniform_(self.fc_q.bias, -3e-3, 3e-3)
+
+    def hidden(self, observations, actions):
+        x = torch.tanh(self.fc1(observations))
+        return torch.tanh(self.fc2(torch.cat([x, actions], 1)))
+
+    def forward(self, observations, actions):
+        return self.fc_q(self.hidden(observations, actions)).squeeze(1)
+
+    def action_derivatives(self, observations, actions):
+        """Return dQ~/da and the diagonal of d2Q~/da2, each (batch, action_dim), in closed form.
+
+        With h = tanh(z), z = W_s e(s) + W_a a + b, q = w.h + c: dq/da = ((1 - h^2) * w) W_a and
+        d2q/da_i^2 = (-2 h (1 - h^2) * w) (W_a^2)_i.
+        """
+        h = self.hidden(observations, actions)
+        action_weight = self.fc2.weight[:, -actions.shape[1] :]
+        slope = (1 - h * h) * self.fc_q.weight
+        return slope @ action_weight, (-2 * h * slope) @ action_weight.square()
+
+
+class ReplayBuffer:
+    """The last `capacity` transitions, one packed float32 row (s, a~, r, s', terminated) each, sampled uniformly.
+
+    Memory is claimed as rows are written. Actions are kept as they were drawn, in normalised units, never clipped.
+    """
+
+    def __init__(self, capacity, obs_dim, action_dim, rng, device="cpu"):
+        self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
+        self.rows = np.zeros((capacity, sum(self.widths)), dtype=np.float32)
+        self.count, self.rng, self.device = 0, rng, device
+
+    def add(self, obs, action, reward, next_obs, terminated):
+        row = self.rows[self.count % len(self.rows)]
+        o, a = self.widths[:2]
+        row[:o], row[o : o + a], row[o + a] = obs, action, reward
+        row[o + a + 1 : -1], row[-1] = next_obs, terminated
+        self.count += 1
+
+    def sample(self, batch_size):
+        """Return observations (B, obs_dim), actions (B, action_dim), rewards (B,), next_observations, terminated (B,)."""
+        rows = self.rows[self.rng.integers(min(self.count, len(self.rows)), size=batch_size)]
+        obs, actions, rewards, next_obs, terminated = torch.from_numpy(rows).to(self.device).split(self.widths, 1)
+        return obs, actions, rewards.squeeze(1), next_obs, terminated.squeeze(1)
+
+
+def policy_loss(mean, log_var, gradient, hessian):
+    """Minus a surrogate of O: its gradient is minus (13) in theta, through mean, and minus (15) in phi.
+
+    mean, gradient, hessian: (batch, action_dim), the last two constants; log_var: (action_dim,).
+    """
+    return -(gradient * mean).sum(1).mean() - 0.5 * (hessian.mean(0) * log_var.exp()).sum()
+
+
+def kl_divergence(mean, log_var, old_mean, old_log_var):
+    """KL(N(mean, exp(log_var)) || N(old_mean, exp(old_log_var))) of diagonal Gaussians, mean over the batch (20)."""
+    squares = (mean - old_mean).square().mean(0)
+    return 0.5 * ((log_var.exp() + squares) / old_log_var.exp() - 1 + old_log_var - log_var).sum()
+
+
+def td_target(rewards, terminated, next_values, gamma):
+    """r + gamma Q~'(s', mu'(s')), all (batch,): a time limit bootstraps, a termination does not."""
+    return rewards + gamma * (1 - terminated) * next_values
+
+
+def critic_loss(values, targets):
+    """Mean squared Bellman error (18), the buffer taken as near-uniform."""
+    return F.mse_loss(values, targets)
+
+
+class Smoothie:
+    """Algorithm 1: the networks, their optimisers and the two updates."""
+
+    def __init__(self, obs_dim, action_dim, args, device="cpu"):
+        self.args = args
+        self.actor = Actor(obs_dim, action_dim, args.log_var_init).to(device)
+        self.target_actor = Actor(obs_dim, action_dim, args.log_var_init).to(device).requires_grad_(False)
+        self.qf = QNetwork(obs_dim, action_dim).to(device)
+        self.target_qf = QNetwork(obs_dim, action_dim).to(device).requires_grad_(False)
+        self.target_actor.load_state_dict(self.actor.state_dict())
+        self.target_qf.load_state_dict(self.qf.state_dict())
+        theta = [p for p in self.actor.parameters() if p is not self.actor.log_var]
+        self.actor_optimizer = torch.optim.Adam(theta, lr=args.policy_lr, fused=True)
+        self.q_optimizer = torch.optim.Adam(self.qf.parameters(), lr=args.q_lr, fused=True)
+        self.params = [*self.actor.parameters(), *self.qf.parameters()]
+        self.target_params = [*self.target_actor.parameters(), *self.target_qf.parameters()]
+        self.value_scale = torch.ones((), device=device)  # running mean of |target|
+
+    def update_policy(self, observations):
+        """One step of theta along (13) and of phi along (15), both less lambda times the gradient of the KL of (20)."""
+        mean, log_var = self.actor(observations), self.actor.log_var
+        with torch.no_grad():
+            gradient, hessian = self.qf.action_derivatives(observations, mean)
+            old_mean = self.target_actor(observations)
+        kl = kl_divergence(mean, log_var, old_mean, self.target_actor.log_var)
+        loss = policy_loss(mean, log_var, gradient, hessian) / self.value_scale + self.args.kl_coef * kl
+        self.actor_optimizer.zero_grad()
+        log_var.grad = None
+        loss.backward()
+        self.actor_optimizer.step()
+        with torch.no_grad():
+            log_var -= self.args.log_var_lr * log_var.grad
+        return {"losses/actor_loss": loss.detach(), "losses/kl": kl.detach(), "losses/hessian": hessian.mean()}
+
+    def update_critic(self, observations, actions, rewards, next_observations, terminated):
+        """One step of w on (18): phantom actions around the replayed ones, targets from the target networks."""
+        with torch.no_grad():
+            next_values = self.target_qf(next_observations, self.target_actor(next_observations))
+            targets = td_target(rewards * self.args.reward_scale, terminated, next_values, self.args.gamma)
+            phantom_actions = actions + (0.5 * self.actor.log_var).exp() * torch.randn_like(actions)
+            self.value_scale.lerp_(targets.abs().mean(), self.args.tau).clamp_(min=1e-6)
+        values = self.qf(observations, phantom_actions)
+        loss = critic_loss(values, targets)
+        self.q_optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.qf.parameters(), self.args.max_grad_norm)
+        self.q_optimizer.step()
+        return {"losses/qf1_loss": loss.detach(), "losses/qf1_values": values.detach().mean()}
+
+    @torch.no_grad()
+    def update_targets(self):
+        torch._foreach_lerp_(self.target_params, self.params, self.args.tau)
+
+
+@torch.no_grad()
+def act(actor, obs):
+    """Return mu_theta(s) of one observation, a NumPy array (action_dim,)."""
+    device = actor.log_var.device
+    return actor(torch.as_tensor(obs, dtype=torch.float32, device=device).unsqueeze(0)).squeeze(0).cpu().numpy()
+
+
+def evaluate(actor, env, episodes, seed):
+    """Return the undiscounted returns and the lengths of `episodes` episodes of the mean action from a seeded reset."""
+    returns, lengths = [], []
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=seed if episode == 0 else None)
+        episode_return, length, done = 0.0, 0, False
+        while not done:
+            obs, reward, terminated, truncated, _ = env.step(act(actor, obs))
+            episode_return, length, done = episode_return + float(reward), length + 1, terminated or truncated
+        returns.append(episode_return)
+        lengths.append(length)
+    return returns, lengths
+
+
+def check(args):
+    """Exit with one sentence on stderr if a flag is out of range."""
+    for name, low, high in [
+        ("seed", 0, 2**32 - 1),
+        ("total_timesteps", 1, 10**12),
+        ("learning_starts", 1, 10**12),
+        ("buffer_size", 1, 10**12),
+        ("batch_size", 1, 10**6),
+        ("gamma", 0, 1),
+        ("tau", 1e-9, 1),
+        ("reward_scale", 1e-9, 1e9),
+        ("policy_lr", 0, 1),
+        ("q_lr", 0, 1),
+        ("max_grad_norm", 1e-9, math.inf),
+        ("log_var_init", -20, 2 * math.log(MAX_STD)),
+        ("log_var_lr", 0, 1e9),
+        ("kl_coef", 0, 1e9),
+        ("eval_frequency", 1, 10**12),
+        ("eval_episodes", 1, 10**6),
+    ]:
+        value = getattr(args, name)
+        if not low <= value <= high:
+            sys.exit(f"--{name.replace('_', '-')} {value}: must lie between {low:g} and {high:g}")
+    in_buffer = min(args.learning_starts, args.buffer_size)
+    if args.batch_size > in_buffer:
+        sys.exit(
+            f"--batch-size {args.batch_size}: the replay buffer holds only {in_buffer} transitions when learning starts; "
+            "raise --learning-starts and --buffer-size, or lower --batch-size"
+        )
+
+
+class Logger:
+    """The run's folder: config.json, TensorBoard events, evaluations.csv (one row per episode); mirrored to W&B if tracked."""
+
+    def __init__(self, args):
+        name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+        try:
+            for attempt in itertools.count():  # two runs of one name may start in the same second
+                self.run_dir = os.path.join("runs", f"{name}_{attempt}" if attempt else name)
+                with contextlib.suppress(FileExistsError):
+                    os.makedirs(self.run_dir)
+                    break
+            with open(os.path.join(self.run_dir, "config.json"), "w") as file:
+                json.dump(asdict(args), file, indent=2)
+            self.evaluations = open(os.path.join(self.run_dir, "evaluations.csv"), "w", newline="")
+            self.writer = SummaryWriter(self.run_dir)
+        except OSError as error:
+            sys.exit(f"{self.run_dir}: cannot write the run's folder ({error.strerror}); start in a folder that is writable")
+        csv.writer(self.evaluations).writerow(["global_step", "episode", "episodic_return", "episodic_length"])
+        self.wandb = None
+        if args.track:
+            import wandb
+
+            self.wandb = wandb.init(
+                project=args.wandb_project_name,
+                entity=args.wandb_entity,
+                name=os.path.basename(self.run_dir),
+                config=asdict(args),
+            )
+
+    def log(self, values, global_step):
+        for key, value in values.items():
+            self.writer.add_scalar(key, value, global_step)
+        if self.wandb:
+            self.wandb.log({"global_step": global_step, **values})
+
+    def log_evaluation(self, returns, lengths, global_step):
+        rows = [(global_step, i, *episode) for i, episode in enumerate(zip(returns, lengths, strict=True))]
+        csv.writer(self.evaluations).writerows(rows)
+        self.evaluations.flush()
+        self.log({"eval/episodic_return": np.mean(returns), "eval/episodic_length": np.mean(lengths)}, global_step)
+
+    def close(self):
+        self.evaluations.close()
+        self.writer.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def make_buffer(args, env, rng, device):
+    """Return the replay buffer for this run, after saying how much memory it will take, or exit if that is too much."""
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    capacity = min(args.buffer_size, args.total_timesteps)
+    row_bytes = 4 * (2 * obs_dim + action_dim + 2)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if capacity * row_bytes > memory:
+        sys.exit(
+            f"--buffer-size {args.buffer_size}: takes {capacity * row_bytes / 1e9:.1f} GB of memory and the machine has "
+            f"{memory / 1e9:.1f} GB; --buffer-size {int(0.8 * memory / row_bytes)} fits"
+        )
+    print(f"replay buffer: {capacity * row_bytes / 1e9:.2f} GB once its {capacity} transitions are written")
+    return ReplayBuffer(capacity, obs_dim, action_dim, rng, device)
+
+
+def train(args):
+    """Algorithm 1. Return the mean return of every evaluation, in order."""
+    check(args)
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.set_flush_denormal(True)  # numbers below 1e-38 change nothing and slow some processors down
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+
+    env, eval_env = make_env(args.env_id), make_env(args.env_id)
+    buffer = make_buffer(args, env, rng, device)
+    agent = Smoothie(env.observation_space.shape[0], env.action_space.shape[0], args, device)
+    evaluations, losses = [], {}
+    episode_return, episode_length = 0.0, 0
+    obs, _ = env.reset(seed=args.seed)
+
+    with contextlib.closing(Logger(args)) as logger:
+        print(f"run folder: {logger.run_dir}", flush=True)
+        bar = tqdm(total=args.total_timesteps, unit=" steps", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        sps, clock = 0, time.time()
+
+        for global_step in range(args.total_timesteps + 1):  # steps taken so far
+            std = (0.5 * agent.actor.log_var).exp().detach().cpu().numpy()
+
+            if global_step % LOG_FREQUENCY == 0 and losses:
+                sps, clock = int(LOG_FREQUENCY / (time.time() - clock)), time.time()
+                values = {key: value.item() for key, value in losses.items()}
+                values |= {f"policy/std_{i}": std_i for i, std_i in enumerate(std.tolist())}
+                logger.log(values | {"charts/SPS": sps}, global_step)
+                for key, value in values.items():
+                    if not math.isfinite(value) or (key.startswith("policy/std") and value > MAX_STD):
+                        sys.exit(
+                            f"step {global_step}: {key} is {value:g}, training has diverged; "
+                            "a lower --q-lr, --log-var-lr or --reward-scale usually helps"
+                        )
+
+            if global_step % args.eval_frequency == 0 or global_step == args.total_timesteps:
+                returns, lengths = evaluate(agent.actor, eval_env, args.eval_episodes, args.seed + EVAL_SEED_OFFSET)
+                logger.log_evaluation(returns, lengths, global_step)
+                evaluations.append(float(np.mean(returns)))
+                status = f"eval return {evaluations[-1]:.2f}, policy std {std.mean():.3f}"
+                bar.set_postfix_str(status)
+                bar.write(f"step {global_step}: {status}, {sps} steps/s", file=sys.stdout)
+                sys.stdout.flush()
+            if global_step == args.total_timesteps:
+                break
+
+            if global_step < args.learning_starts:
+                action = rng.uniform(-1.0, 1.0, std.shape)
+            else:
+                action = act(agent.actor, obs) + std * rng.standard_normal(std.shape)
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+            buffer.add(obs, action, reward, next_obs, terminated)
+            obs, episode_return, episode_length = next_obs, episode_return + float(reward), episode_length + 1
+            if terminated or truncated:
+                episode = {"charts/episodic_return": episode_return, "charts/episodic_length": episode_length}
+                logger.log(episode, global_step + 1)
+                episode_return, episode_length = 0.0, 0
+                obs, _ = env.reset()
+
+            if global_step >= args.learning_starts:
+                losses = agent.update_policy(buffer.sample(args.batch_size)[0])
+                losses |= agent.update_critic(*buffer.sample(args.batch_size))
+                agent.update_targets()
+            bar.update()
+        bar.close()
+    return evaluations
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args))
