@@ -89,7 +89,7 @@ class Args:
     """bound on the norm of the critic's gradient; inf leaves it alone"""
     log_var_init: float = -2.0
     """phi_0, the initial logarithm of the variance of each action dimension, in normalised units (Section 6.2)"""
-    log_var_lr: float = 0.1
+    log_var_lr: float = 0.3
     """learning rate of phi, by plain gradient ascent, relative to the running size of the values: eta_pi of Algorithm 1"""
     kl_coef: float = 0.02
     """weight of the KL penalty, relative to the running size of the values: lambda of (20)"""
@@ -240,13 +240,13 @@ class Smoothie:
             gradient, hessian = self.qf.action_derivatives(observations, mean)
             old_mean = self.target_actor(observations)
         kl = kl_divergence(mean, log_var, old_mean, self.target_actor.log_var)
-        loss = policy_loss(mean, log_var, gradient, hessian) / self.value_scale + self.args.kl_coef * kl
+        loss = policy_loss(mean, log_var, gradient, hessian) + self.args.kl_coef * self.value_scale * kl
         self.actor_optimizer.zero_grad()
         log_var.grad = None
         loss.backward()
         self.actor_optimizer.step()
         with torch.no_grad():
-            log_var -= self.args.log_var_lr * log_var.grad
+            log_var -= self.args.log_var_lr / self.value_scale * log_var.grad
         return {"losses/actor_loss": loss.detach(), "losses/kl": kl.detach(), "losses/hessian": hessian.mean()}
 
     def update_critic(self, observations, actions, rewards, next_observations, terminated):
@@ -262,7 +262,11 @@ class Smoothie:
         loss.backward()
         nn.utils.clip_grad_norm_(self.qf.parameters(), self.args.max_grad_norm)
         self.q_optimizer.step()
-        return {"losses/qf1_loss": loss.detach(), "losses/qf1_values": values.detach().mean()}
+        return {
+            "losses/qf1_loss": loss.detach(),
+            "losses/qf1_values": values.detach().mean(),
+            "losses/value_scale": self.value_scale,
+        }
 
     @torch.no_grad()
     def update_targets(self):

@@ -88,7 +88,7 @@ class Args:
     """bound on the norm of the critic's gradient; inf leaves it alone"""
     log_var_init: float = -2.0
     """phi_0, the initial logarithm of the variance of each action dimension, in normalised units (Section 6.2)"""
-    log_var_lr: float = 0.1
+    log_var_lr: float = 0.3
     """learning rate of phi, by plain gradient ascent, relative to the running size of the values: eta_pi of Algorithm 1"""
     eval_frequency: int = 5_000
     """environment steps between two evaluations of the mean action"""
@@ -229,13 +229,13 @@ class Smoothie:
         mean, log_var = self.actor(observations), self.actor.log_var
         with torch.no_grad():
             gradient, hessian = self.qf.action_derivatives(observations, mean)
-        loss = policy_loss(mean, log_var, gradient, hessian) / self.value_scale
+        loss = policy_loss(mean, log_var, gradient, hessian)
         self.actor_optimizer.zero_grad()
         log_var.grad = None
         loss.backward()
         self.actor_optimizer.step()
         with torch.no_grad():
-            log_var -= self.args.log_var_lr * log_var.grad
+            log_var -= self.args.log_var_lr / self.value_scale * log_var.grad
         return {"losses/actor_loss": loss.detach(), "losses/hessian": hessian.mean()}
 
     def update_critic(self, observations, actions, rewards, next_observations, terminated):
@@ -251,7 +251,11 @@ class Smoothie:
         loss.backward()
         nn.utils.clip_grad_norm_(self.qf.parameters(), self.args.max_grad_norm)
         self.q_optimizer.step()
-        return {"losses/qf1_loss": loss.detach(), "losses/qf1_values": values.detach().mean()}
+        return {
+            "losses/qf1_loss": loss.detach(),
+            "losses/qf1_values": values.detach().mean(),
+            "losses/value_scale": self.value_scale,
+        }
 
     @torch.no_grad()
     def update_targets(self):

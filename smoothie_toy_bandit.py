@@ -1,0 +1,211 @@
+"""Smoothie against DDPG on a one-step task with two modes (Nachum et al., ICML 2018, Sections 3 and 6.1, Figures 1 and 2).
+
+The reward is a mixture of two Gaussian bumps and the policy N(mu, sigma^2) starts on the worse one. Q itself slopes back to
+that bump; smoothed by the policy it slopes to the better one. For bumps the smoothed value (9) has a closed form, with
+v = width^2 + sigma^2:
+
+    Q~(a) = sum_k height_k * width / sqrt(v) * exp(-(a - mode_k)^2 / (2 v))
+
+so the gradient flow of (10) and Theorem 1 is known exactly, and the figure draws it beside what is learned.
+
+The replay buffer is the trap. Where it holds only the policy's own actions a~ ~ N(mu, Sigma), the phantom actions
+a ~ N(a~, Sigma) say of a~ that it is N((a + mu) / 2, Sigma / 2), a narrower smoothing than (9), and Smoothie does not escape.
+Section 4.2 names the mend: weight each error by 1 / q(a~), the density that a~ was drawn with, as (18) has it. It is saved
+with the action; weights are capped and divided by their sum in the batch. The run without weights is printed too.
+
+All seeds train side by side: the first dimension of every tensor below is the seed.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+import torch
+import tyro
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+MODES, HEIGHTS, WIDTH = (-1.0, 1.0), (0.6, 1.0), 0.3
+STD_INIT = 1.0
+MAX_STD = 10.0  # a covariance this wide has blown up; its seed stops learning and counts as failed
+
+
+@dataclass
+class Args:
+    output: str = "smoothie_toy_bandit.png"
+    """the picture to write: Figure 2 of the paper"""
+    seeds: int = 20
+    """independent runs of each method"""
+    seed: int = 1
+    """seed of everything random"""
+    total_timesteps: int = 5_000
+    """actions taken, one update each"""
+    learning_starts: int = 1_000
+    """first steps, in which the critic learns and the policy stands still"""
+    prefill: int = 1_000
+    """actions of the initial policy in the replay buffer before the first step"""
+    batch_size: int = 256
+    """size of a batch"""
+    policy_lr: float = 1e-2
+    """learning rate of mu, by plain gradient ascent as Algorithm 1 prints it"""
+    log_var_lr: float = 2e-2
+    """learning rate of phi = log sigma^2, by plain gradient ascent"""
+    q_lr: float = 3e-3
+    """learning rate of the critic, by Adam"""
+    max_weight: float = 50.0
+    """cap on the weights 1 / q(a~) of (18)"""
+
+
+def reward(a):
+    """Two bumps of one width; the same for NumPy arrays and tensors, elementwise."""
+    exp = torch.exp if isinstance(a, torch.Tensor) else np.exp
+    return sum(height * exp(-((a - mode) ** 2) / (2 * WIDTH**2)) for mode, height in zip(MODES, HEIGHTS, strict=True))
+
+
+def smoothed_reward(a, std):
+    """Return Q~ of (9) at `a` with its gradient and its second derivative, in closed form; NumPy, elementwise."""
+    v = WIDTH**2 + std**2
+    bumps = [(a - m, h * WIDTH / np.sqrt(v) * np.exp(-((a - m) ** 2) / (2 * v))) for m, h in zip(MODES, HEIGHTS, strict=True)]
+    return sum(q for _, q in bumps), sum(-d / v * q for d, q in bumps), sum((d**2 / v - 1) / v * q for d, q in bumps)
+
+
+def gradient_flow(args):
+    """Return the path (steps, 2) of mu and sigma if (13) and (15) are followed with the exact derivatives."""
+    mean, log_var, path = MODES[0], 2 * math.log(STD_INIT), []
+    for step in range(args.total_timesteps):
+        if step >= args.learning_starts:
+            _, gradient, hessian = smoothed_reward(mean, math.exp(0.5 * log_var))
+            mean, log_var = (
+                mean + args.policy_lr * gradient,
+                log_var + args.log_var_lr * 0.5 * hessian * math.exp(log_var),
+            )
+        path.append((mean, math.exp(0.5 * log_var)))
+    return np.array(path)
+
+
+class QNetwork(torch.nn.Module):
+    """One critic of 32 tanh units for each seed: (seeds, batch) to (seeds, batch)."""
+
+    def __init__(self, seeds, generator, units=32):
+        super().__init__()
+        self.w_a = torch.nn.Parameter(torch.randn(seeds, 1, units, generator=generator))
+        self.b = torch.nn.Parameter(torch.randn(seeds, 1, units, generator=generator))
+        self.w = torch.nn.Parameter(torch.zeros(seeds, units, 1))
+        self.c = torch.nn.Parameter(torch.zeros(seeds, 1))
+
+    def forward(self, actions):
+        h = torch.tanh(torch.baddbmm(self.b, actions.unsqueeze(2), self.w_a))
+        return torch.bmm(h, self.w).squeeze(2) + self.c
+
+    def action_derivatives(self, actions):
+        """Return dQ/da and d2Q/da2 at one action for each seed, (seeds,), in closed form as the other scripts do."""
+        w_a = self.w_a.squeeze(1)
+        h = torch.tanh(actions.unsqueeze(1) * w_a + self.b.squeeze(1))
+        slope = (1 - h * h) * self.w.squeeze(2)
+        return (slope * w_a).sum(1), (-2 * h * slope * w_a * w_a).sum(1)
+
+
+def train(args, smoothed, weighted):
+    """Return the path (steps, seeds, 2) of mu and sigma. Smoothie learns both, DDPG (smoothed=False) only mu."""
+    generator = torch.Generator().manual_seed(args.seed)
+    qf = QNetwork(args.seeds, generator)
+    optimizer = torch.optim.Adam(qf.parameters(), lr=args.q_lr, fused=True)
+    mean = torch.full((args.seeds,), MODES[0])
+    log_var = torch.full((args.seeds,), 2 * math.log(STD_INIT))
+    actions = torch.empty(args.seeds, args.prefill + args.total_timesteps)
+    densities = torch.empty_like(actions)
+    path = torch.empty(args.total_timesteps, args.seeds, 2)
+
+    def act(columns):
+        noise = torch.randn(args.seeds, columns.stop - columns.start, generator=generator)
+        std = (0.5 * log_var).exp().unsqueeze(1)
+        actions[:, columns] = mean.unsqueeze(1) + std * noise
+        densities[:, columns] = torch.exp(-0.5 * noise**2) / (std * math.sqrt(2 * math.pi))
+
+    act(slice(0, args.prefill))
+    for step in range(args.total_timesteps):
+        count = args.prefill + step + 1
+        act(slice(count - 1, count))
+
+        if step >= args.learning_starts:
+            with torch.no_grad():
+                gradient, hessian = qf.action_derivatives(mean)
+                alive = log_var < 2 * math.log(MAX_STD)
+                mean = mean + args.policy_lr * gradient * alive  # (13)
+                if smoothed:
+                    log_var = log_var + args.log_var_lr * 0.5 * hessian * log_var.exp() * alive  # (15), Sigma = exp(phi)
+
+        index = torch.randint(count, (args.seeds, args.batch_size), generator=generator)
+        a = actions.gather(1, index)
+        targets = reward(a)  # one step: the value of a~ is its reward
+        weights = (1 / densities.gather(1, index)).clamp(max=args.max_weight) if weighted else torch.ones_like(a)
+        if smoothed:
+            a = a + (0.5 * log_var).exp().unsqueeze(1) * torch.randn(a.shape, generator=generator)  # phantom actions
+        errors = (qf(a) - targets) ** 2
+        loss = ((weights * errors).sum(1) / weights.sum(1)).sum()  # (18)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        path[step, :, 0], path[step, :, 1] = mean, (0.5 * log_var).exp()
+    return path.numpy()
+
+
+def plot(paths, flow, output):
+    """Draw Figure 2: the policy of every seed over training, the median bold, and the landscape it climbs."""
+    smoothie, ddpg = "#0072B2", "#D55E00"  # two colours that colour-blind readers can tell apart
+    figure, axes = plt.subplot_mosaic([["mean", "reward"], ["std", "reward"]], figsize=(10, 4.2), layout="constrained")
+    for name, color in [("smoothie", smoothie), ("ddpg", ddpg)]:
+        for i, key in enumerate(["mean", "std"]):
+            values = paths[name][:, :, i]
+            axes[key].plot(values, color=color, alpha=0.2, linewidth=0.6)
+            axes[key].plot(
+                np.nanmedian(values, 1), color=color, linewidth=2.2, label={"smoothie": "Smoothie", "ddpg": "DDPG"}[name]
+            )
+    for i, key in enumerate(["mean", "std"]):
+        axes[key].plot(flow[:, i], "k--", linewidth=1.4, label="exact gradient flow")
+        axes[key].set_xlim(0, len(flow))
+    axes["mean"].set(ylabel=r"policy mean $\mu$", xticklabels=[], ylim=(-1.5, 1.5))
+    axes["std"].set(ylabel=r"policy std $\sigma$", xlabel="step", ylim=(0, 1.6))
+    axes["mean"].legend(loc="lower right", frameon=False, fontsize=8)
+
+    a = np.linspace(-2.5, 2.5, 500)
+    axes["reward"].plot(a, reward(a), color="#009E73", linewidth=2, label="reward")
+    axes["reward"].plot(a, smoothed_reward(a, STD_INIT)[0], color="#CC79A7", linewidth=2, label=r"smoothed by $\sigma = 1$")
+    axes["reward"].axvline(MODES[0], color="0.6", linewidth=1, linestyle=":")
+    axes["reward"].annotate("start", (MODES[0], 0.02), xytext=(4, 0), textcoords="offset points", color="0.4")
+    axes["reward"].set(xlabel="action", ylabel="reward", ylim=(0, None))
+    axes["reward"].legend(loc="upper left", frameon=False)
+    figure.savefig(output, dpi=150)
+    plt.close(figure)
+
+
+def summary(name, path):
+    """Return one line: how many seeds end nearer to the better mode than half its width away from the midpoint."""
+    mean, std = path[-1, :, 0], path[-1, :, 1]
+    reached = np.abs(mean - MODES[1]) < WIDTH
+    line = f"{name}: {reached.sum()}/{len(mean)} seeds reached the better mode, final mean {np.median(mean):.2f}"
+    diverged = ~(std < MAX_STD)
+    return line + f", final std {np.median(std):.2f}" + (f", {diverged.sum()} diverged" if diverged.any() else "")
+
+
+def main(args):
+    for name in ("seeds", "total_timesteps", "prefill", "batch_size"):
+        if getattr(args, name) < 1:
+            sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    methods = {"smoothie": (True, True), "smoothie without weights": (True, False), "ddpg": (False, False)}
+    paths = {}
+    for name, (smoothed, weighted) in methods.items():
+        paths[name] = train(args, smoothed, weighted)
+        print(summary(name, paths[name]), flush=True)
+    try:
+        plot(paths, gradient_flow(args), args.output)
+    except (OSError, ValueError) as error:
+        sys.exit(f"--output {args.output}: cannot write the picture ({error})")
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
