@@ -10,8 +10,9 @@ so the gradient flow of (10) and Theorem 1 is known exactly, and the figure draw
 
 The replay buffer is the trap. Where it holds only the policy's own actions a~ ~ N(mu, Sigma), the phantom actions
 a ~ N(a~, Sigma) say of a~ that it is N((a + mu) / 2, Sigma / 2), a narrower smoothing than (9), and Smoothie does not escape.
-Section 4.2 names the mend: weight each error by 1 / q(a~), the density that a~ was drawn with, as (18) has it. It is saved
-with the action; weights are capped and divided by their sum in the batch. The run without weights is printed too.
+Section 4.2 names the mend: weight each error by 1 / q(a~), where q is the density of the actions in the buffer (18). Here q is
+the average of all policies that filled it, kept on a grid; the weights are capped, and divided by their sum in the batch. The
+run without weights is printed too.
 
 All seeds train side by side: the first dimension of every tensor below is the seed.
 """
@@ -28,7 +29,7 @@ import tyro
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-MODES, HEIGHTS, WIDTH = (-1.0, 1.0), (0.6, 1.0), 0.3
+MODES, HEIGHTS, WIDTH = (-1.0, 1.0), (0.55, 1.0), 0.3
 STD_INIT = 1.0
 MAX_STD = 10.0  # a covariance this wide has blown up; its seed stops learning and counts as failed
 
@@ -41,7 +42,7 @@ class Args:
     """independent runs of each method"""
     seed: int = 1
     """seed of everything random"""
-    total_timesteps: int = 5_000
+    total_timesteps: int = 4_500
     """actions taken, one update each"""
     learning_starts: int = 1_000
     """first steps, in which the critic learns and the policy stands still"""
@@ -51,7 +52,7 @@ class Args:
     """size of a batch"""
     policy_lr: float = 1e-2
     """learning rate of mu, by plain gradient ascent as Algorithm 1 prints it"""
-    log_var_lr: float = 2e-2
+    log_var_lr: float = 1.5e-2
     """learning rate of phi = log sigma^2, by plain gradient ascent"""
     q_lr: float = 3e-3
     """learning rate of the critic, by Adam"""
@@ -87,25 +88,24 @@ def gradient_flow(args):
 
 
 class QNetwork(torch.nn.Module):
-    """One critic of 32 tanh units for each seed: (seeds, batch) to (seeds, batch)."""
+    """One critic of 24 tanh units for each seed: (seeds, batch) to (seeds, batch)."""
 
-    def __init__(self, seeds, generator, units=32):
+    def __init__(self, seeds, generator, units=24):
         super().__init__()
         self.w_a = torch.nn.Parameter(torch.randn(seeds, 1, units, generator=generator))
         self.b = torch.nn.Parameter(torch.randn(seeds, 1, units, generator=generator))
-        self.w = torch.nn.Parameter(torch.zeros(seeds, units, 1))
+        self.w = torch.nn.Parameter(torch.zeros(seeds, 1, units))
         self.c = torch.nn.Parameter(torch.zeros(seeds, 1))
 
     def forward(self, actions):
-        h = torch.tanh(torch.baddbmm(self.b, actions.unsqueeze(2), self.w_a))
-        return torch.bmm(h, self.w).squeeze(2) + self.c
+        h = torch.tanh(actions.unsqueeze(2) * self.w_a + self.b)
+        return (h * self.w).sum(2) + self.c
 
     def action_derivatives(self, actions):
         """Return dQ/da and d2Q/da2 at one action for each seed, (seeds,), in closed form as the other scripts do."""
-        w_a = self.w_a.squeeze(1)
-        h = torch.tanh(actions.unsqueeze(1) * w_a + self.b.squeeze(1))
-        slope = (1 - h * h) * self.w.squeeze(2)
-        return (slope * w_a).sum(1), (-2 * h * slope * w_a * w_a).sum(1)
+        h = torch.tanh(actions.view(-1, 1, 1) * self.w_a + self.b)
+        slope = (1 - h * h) * self.w
+        return (slope * self.w_a).sum((1, 2)), (-2 * h * slope * self.w_a**2).sum((1, 2))
 
 
 def train(args, smoothed, weighted):
@@ -116,14 +116,18 @@ def train(args, smoothed, weighted):
     mean = torch.full((args.seeds,), MODES[0])
     log_var = torch.full((args.seeds,), 2 * math.log(STD_INIT))
     actions = torch.empty(args.seeds, args.prefill + args.total_timesteps)
-    densities = torch.empty_like(actions)
+    grid = torch.linspace(-6.0, 6.0, 601)
+    cells = torch.empty(actions.shape, dtype=torch.long)  # where on the grid each action lies
+    density = torch.zeros(args.seeds, len(grid))  # on the grid, the sum of the densities that the actions were drawn from
     path = torch.empty(args.total_timesteps, args.seeds, 2)
 
     def act(columns):
         noise = torch.randn(args.seeds, columns.stop - columns.start, generator=generator)
         std = (0.5 * log_var).exp().unsqueeze(1)
-        actions[:, columns] = mean.unsqueeze(1) + std * noise
-        densities[:, columns] = torch.exp(-0.5 * noise**2) / (std * math.sqrt(2 * math.pi))
+        a = mean.unsqueeze(1) + std * noise
+        actions[:, columns], cells[:, columns] = a, torch.bucketize(a, grid).clamp(max=len(grid) - 1)
+        pdf = torch.exp(-0.5 * ((grid - mean.unsqueeze(1)) / std) ** 2) / (std * math.sqrt(2 * math.pi))
+        density.add_(pdf, alpha=noise.shape[1])
 
     act(slice(0, args.prefill))
     for step in range(args.total_timesteps):
@@ -141,7 +145,9 @@ def train(args, smoothed, weighted):
         index = torch.randint(count, (args.seeds, args.batch_size), generator=generator)
         a = actions.gather(1, index)
         targets = reward(a)  # one step: the value of a~ is its reward
-        weights = (1 / densities.gather(1, index)).clamp(max=args.max_weight) if weighted else torch.ones_like(a)
+        weights = torch.ones_like(a)
+        if weighted:
+            weights = (count / density.gather(1, cells.gather(1, index))).clamp(max=args.max_weight)  # 1 / q(a~)
         if smoothed:
             a = a + (0.5 * log_var).exp().unsqueeze(1) * torch.randn(a.shape, generator=generator)  # phantom actions
         errors = (qf(a) - targets) ** 2
@@ -183,7 +189,7 @@ def plot(paths, flow, output):
 
 
 def summary(name, path):
-    """Return one line: how many seeds end nearer to the better mode than half its width away from the midpoint."""
+    """Return one line: how many seeds end within one width of the better mode, and where the median seed ends."""
     mean, std = path[-1, :, 0], path[-1, :, 1]
     reached = np.abs(mean - MODES[1]) < WIDTH
     line = f"{name}: {reached.sum()}/{len(mean)} seeds reached the better mode, final mean {np.median(mean):.2f}"

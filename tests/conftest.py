@@ -1,0 +1,28 @@
+import pytest
+import torch
+
+import ddpg_continuous
+import smoothie_continuous
+import smoothie_no_kl
+
+SCRIPTS = [smoothie_continuous, smoothie_no_kl, ddpg_continuous]
+SMOOTHIES = SCRIPTS[:2]
+
+
+def pytest_generate_tests(metafunc):
+    for fixture, modules in [("script", SCRIPTS), ("smoothie", SMOOTHIES)]:
+        if fixture in metafunc.fixturenames:
+            metafunc.parametrize(fixture, modules, ids=lambda module: module.__name__)
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)

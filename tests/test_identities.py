@@ -1,0 +1,242 @@
+"""The paper's identities, against quadrature, automatic differentiation and closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import ddpg_continuous
+import smoothie_continuous
+import smoothie_toy_bandit as toy
+
+OBS_DIM, ACTION_DIM, BATCH = 5, 3, 16
+
+
+def critic(script, action_dim=ACTION_DIM):
+    """A critic whose last layer is wide enough that its derivatives are far from zero."""
+    qf = script.QNetwork(OBS_DIM, action_dim)
+    torch.nn.init.normal_(qf.fc_q.weight)
+    torch.nn.init.normal_(qf.fc2.weight, std=0.2)
+    return qf
+
+
+def gauss_hermite(order, dim):
+    """Nodes (order^dim, dim) and weights of an expectation under N(0, I)."""
+    x, w = np.polynomial.hermite_e.hermegauss(order)
+    nodes = torch.cartesian_prod(*[torch.tensor(x)] * dim).reshape(-1, dim)
+    weights = torch.cartesian_prod(*[torch.tensor(w / w.sum())] * dim).reshape(-1, dim).prod(1)
+    return nodes, weights
+
+
+@pytest.mark.parametrize("dim", [1, 3])
+def test_theorem_1_by_quadrature(float64, dim):
+    qf, obs, a = critic(smoothie_continuous, dim), torch.randn(1, OBS_DIM), torch.randn(dim)
+    nodes, weights = gauss_hermite(15, dim)
+    factor = 0.3 * torch.randn(dim, dim) + 0.5 * torch.eye(dim)
+    covariance = factor @ factor.T
+
+    def smoothed_q(a, covariance):  # (9)
+        actions = a + nodes @ torch.linalg.cholesky(covariance).T
+        return (weights * qf(obs.expand(len(nodes), -1), actions)).sum()
+
+    in_covariance = torch.func.grad(smoothed_q, 1)(a, covariance)
+    hessian = torch.func.hessian(smoothed_q)(a, covariance)
+    assert hessian.abs().max() > 1e-2
+    # autograd through the Cholesky factor sees one entry of each symmetric pair: symmetrise
+    torch.testing.assert_close((in_covariance + in_covariance.T) / 2, hessian / 2, rtol=0, atol=1e-4)
+
+
+def test_theorem_1_with_the_scripts_own_hessian(float64, smoothie):
+    """The diagonal that the scripts compute, averaged over the policy, is twice the derivative in each variance."""
+    qf, obs, mean = critic(smoothie), torch.randn(1, OBS_DIM), torch.randn(ACTION_DIM)
+    nodes, weights = gauss_hermite(15, ACTION_DIM)
+    observations = obs.expand(len(nodes), -1)
+
+    def smoothed_q(variance):
+        return (weights * qf(observations, mean + nodes * variance.sqrt())).sum()
+
+    variance = torch.tensor([0.1, 0.3, 0.5])
+    hessian = weights @ qf.action_derivatives(observations, mean + nodes * variance.sqrt())[1]
+    torch.testing.assert_close(torch.func.grad(smoothed_q)(variance), hessian / 2, rtol=0, atol=1e-4)
+
+
+def test_action_derivatives_against_autograd(float64, script):
+    qf, observations, actions = critic(script), torch.randn(BATCH, OBS_DIM), torch.randn(BATCH, ACTION_DIM)
+
+    def q(obs, action):
+        return qf(obs.unsqueeze(0), action.unsqueeze(0)).squeeze(0)
+
+    gradient, hessian = qf.action_derivatives(observations, actions)
+    assert gradient.shape == hessian.shape == (BATCH, ACTION_DIM)
+    assert hessian.abs().mean() > 1e-2
+    expected_gradient = torch.func.vmap(torch.func.grad(q, 1))(observations, actions)
+    expected_hessian = torch.func.vmap(torch.func.hessian(q, 1))(observations, actions).diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-10)
+    torch.testing.assert_close(hessian, expected_hessian, rtol=0, atol=1e-10)
+
+
+def test_policy_loss_gradient_is_equations_13_and_15(float64, smoothie):
+    actor, qf = smoothie.Actor(OBS_DIM, ACTION_DIM, -1.0), critic(smoothie)
+    observations = torch.randn(BATCH, OBS_DIM)
+    with torch.no_grad():
+        actor.log_var += torch.randn(ACTION_DIM)
+    gradient, hessian = (d.detach() for d in qf.action_derivatives(observations, actor(observations)))
+    theta = {name: p for name, p in actor.named_parameters() if name != "log_var"}
+
+    def mean_of(theta, obs):
+        return torch.func.functional_call(actor, {**theta, "log_var": actor.log_var}, (obs.unsqueeze(0),)).squeeze(0)
+
+    expected = {name: torch.zeros_like(p) for name, p in theta.items()}
+    expected_phi = torch.zeros(ACTION_DIM)
+    for k in range(BATCH):
+        jacobian = torch.func.jacrev(mean_of)(theta, observations[k])
+        for name in theta:
+            expected[name] += torch.einsum("i,i...->...", gradient[k], jacobian[name]) / BATCH  # (13)
+        sigma_jacobian = torch.func.jacrev(lambda phi: torch.diag(phi.exp()))(actor.log_var.detach())
+        expected_phi += 0.5 * torch.einsum("ij,ijk->k", torch.diag(hessian[k]), sigma_jacobian) / BATCH  # (15)
+
+    smoothie.policy_loss(actor(observations), actor.log_var, gradient, hessian).backward()
+    for name, p in theta.items():
+        torch.testing.assert_close(-p.grad, expected[name], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(-actor.log_var.grad, expected_phi, rtol=1e-9, atol=1e-12)
+    assert expected_phi.abs().min() > 1e-4
+
+
+def test_ddpg_policy_loss_gradient_is_that_of_q(float64):
+    """(6) is the chain rule through Q(s, mu(s))."""
+    actor, qf = ddpg_continuous.Actor(OBS_DIM, ACTION_DIM), critic(ddpg_continuous)
+    observations = torch.randn(BATCH, OBS_DIM)
+    parameters = list(actor.parameters())
+    mean = actor(observations)
+    gradient, _ = qf.action_derivatives(observations, mean.detach())
+    ours = torch.autograd.grad(ddpg_continuous.policy_loss(mean, gradient.detach()), parameters, retain_graph=True)
+    theirs = torch.autograd.grad(-qf(observations, mean).mean(), parameters)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_kl_against_torch_distributions(float64):
+    mean, old_mean = torch.randn(2, BATCH, ACTION_DIM)
+    log_var, old_log_var = torch.randn(2, ACTION_DIM)
+
+    def gaussian(mean, log_var):
+        return torch.distributions.Independent(torch.distributions.Normal(mean, (0.5 * log_var).exp()), 1)
+
+    expected = torch.distributions.kl_divergence(gaussian(mean, log_var), gaussian(old_mean, old_log_var)).mean()
+    torch.testing.assert_close(smoothie_continuous.kl_divergence(mean, log_var, old_mean, old_log_var), expected)
+    assert smoothie_continuous.kl_divergence(mean, log_var, mean, log_var).abs() < 1e-12
+
+
+def test_update_policy_follows_algorithm_1(float64):
+    """phi moves by its learning rate times (15) less lambda dKL/dphi; theta's Adam receives (13) less lambda dKL/dtheta."""
+    args = smoothie_continuous.Args(log_var_init=-1.0, kl_coef=0.7, log_var_lr=0.2)
+    agent = smoothie_continuous.Smoothie(OBS_DIM, ACTION_DIM, args)
+    torch.nn.init.normal_(agent.qf.fc_q.weight)
+    agent.value_scale.fill_(3.0)
+    with torch.no_grad():  # the lagged policy is another policy
+        agent.target_actor.log_var += 0.3 * torch.randn(ACTION_DIM)
+        agent.target_actor.fc_mean.bias += 0.2
+    observations = torch.randn(BATCH, OBS_DIM)
+    phi, old_phi = agent.actor.log_var.detach().clone(), agent.target_actor.log_var
+    mean, old_mean = agent.actor(observations), agent.target_actor(observations)
+    gradient, hessian = (d.detach() for d in agent.qf.action_derivatives(observations, mean))
+    lam = args.kl_coef * 3.0
+
+    dkl_dphi = 0.5 * ((phi - old_phi).exp() - 1)
+    expected_phi = phi + args.log_var_lr / 3.0 * (0.5 * hessian.mean(0) * phi.exp() - lam * dkl_dphi)
+    objective = (gradient * mean).sum(1).mean() - lam * 0.5 * ((mean - old_mean) ** 2 / old_phi.exp()).sum(1).mean()
+    expected_bias_grad = -torch.autograd.grad(objective, agent.actor.fc_mean.bias)[0]
+
+    agent.update_policy(observations)
+    torch.testing.assert_close(agent.actor.log_var.detach(), expected_phi, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(agent.actor.fc_mean.bias.grad, expected_bias_grad, rtol=1e-9, atol=1e-12)
+    assert (expected_phi - phi).abs().min() > 1e-4
+
+
+def test_critic_converges_to_the_convolution(smoothie):
+    """One step, actions uniform over a wide range: fitting on phantom actions gives (9), known for sin(2a), not sin(2a)."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    variance, frequency, updates = 0.25, 2.0, 800
+    agent = smoothie.Smoothie(2, 1, smoothie.Args(log_var_init=math.log(variance), reward_scale=1.0, max_grad_norm=math.inf))
+    torch.nn.init.normal_(agent.qf.fc2.weight[:, -1:])  # features that span the range from the start: the update is on trial,
+    torch.nn.init.normal_(agent.qf.fc2.bias, std=2.0)  # not how long the usual initialisation takes to grow them
+    buffer = smoothie.ReplayBuffer(20_000, 2, 1, rng)
+    for action in rng.uniform(-3.0, 3.0, 20_000):
+        buffer.add(np.zeros(2), [action], math.sin(frequency * action), np.zeros(2), True)
+    for update in range(updates):
+        agent.q_optimizer.param_groups[0]["lr"] = 1e-3 * (1 - update / updates)
+        agent.update_critic(*buffer.sample(128))
+
+    a = torch.linspace(-1.2, 1.2, 81).unsqueeze(1)
+    reward = torch.sin(frequency * a).squeeze(1)
+    learned = agent.qf(torch.zeros(81, 2), a).detach()
+    smoothed = math.exp(-(frequency**2) * variance / 2) * reward
+    assert (learned - smoothed).square().mean().sqrt() < 0.06
+    assert (learned - reward).square().mean().sqrt() > 0.2  # what DDPG's critic would learn
+
+
+def test_smoothie_without_covariance_is_ddpg(float64, smoothie):
+    """Section 5: as Sigma goes to zero the updates of the mean and of the critic are those of DDPG, step by step."""
+    without_kl = {"kl_coef": 0.0} if smoothie is smoothie_continuous else {}
+    args = smoothie.Args(log_var_init=-80.0, policy_lr=1e-3, tau=0.05, **without_kl)
+    agent = smoothie.Smoothie(OBS_DIM, ACTION_DIM, args)
+    ddpg = ddpg_continuous.DDPG(OBS_DIM, ACTION_DIM, ddpg_continuous.Args(policy_lr=1e-3, tau=0.05))
+    for ours, theirs in [(agent.actor, ddpg.actor), (agent.qf, ddpg.qf), (agent.target_actor, ddpg.target_actor)]:
+        theirs.load_state_dict(ours.state_dict(), strict=False)
+    ddpg.target_qf.load_state_dict(agent.target_qf.state_dict())
+    start = agent.actor.fc2.weight.detach().clone()
+    for _ in range(20):
+        observations, next_observations = torch.randn(2, BATCH, OBS_DIM)
+        batch = observations, torch.randn(BATCH, ACTION_DIM), torch.randn(BATCH), next_observations, torch.zeros(BATCH)
+        for learner in (agent, ddpg):
+            learner.update_policy(observations)
+            learner.update_critic(*batch)
+            learner.update_targets()
+        for ours, theirs in [(agent.actor, ddpg.actor), (agent.target_qf, ddpg.target_qf), (agent.qf, ddpg.qf)]:
+            theirs = theirs.state_dict()
+            for name, value in ours.state_dict().items():
+                if name != "log_var":
+                    torch.testing.assert_close(value, theirs[name], rtol=1e-9, atol=1e-12)
+    assert (agent.actor.fc2.weight - start).abs().max() > 1e-3
+
+
+def test_td_target_bootstraps_time_limits_only(script):
+    rewards, terminated, next_values = torch.tensor([1.0, 1.0]), torch.tensor([0.0, 1.0]), torch.tensor([10.0, 10.0])
+    assert script.td_target(rewards, terminated, next_values, 0.9).tolist() == [10.0, 1.0]
+
+
+def test_targets_follow_at_rate_tau(float64, script):
+    agent_class = script.DDPG if script is ddpg_continuous else script.Smoothie
+    agent = agent_class(OBS_DIM, ACTION_DIM, script.Args(tau=0.25))
+    before = [p.clone() for p in agent.target_params]
+    with torch.no_grad():
+        for p in agent.params:
+            p += 1.0
+    agent.update_targets()
+    for old, new in zip(before, agent.target_params, strict=True):
+        torch.testing.assert_close(new, old + 0.25)
+        assert not new.requires_grad
+
+
+def test_toy_smoothed_reward_by_quadrature():
+    nodes, weights = np.polynomial.hermite_e.hermegauss(200)
+    weights = weights / weights.sum()
+    for a, std in [(-1.0, 1.0), (0.3, 0.7), (1.2, 0.4)]:
+        q, gradient, hessian = toy.smoothed_reward(a, std)
+        assert q == pytest.approx(weights @ toy.reward(a + std * nodes), abs=1e-6)
+        # score-function forms of the two derivatives
+        assert gradient == pytest.approx(weights @ (toy.reward(a + std * nodes) * nodes) / std, abs=1e-5)
+        assert hessian == pytest.approx(weights @ (toy.reward(a + std * nodes) * (nodes**2 - 1)) / std**2, abs=1e-4)
+
+
+def test_toy_critic_derivatives_against_autograd(float64):
+    generator = torch.Generator().manual_seed(0)
+    qf = toy.QNetwork(4, generator)
+    torch.nn.init.normal_(qf.w)
+    actions = torch.randn(4, requires_grad=True)
+    gradient, hessian = qf.action_derivatives(actions)
+    (expected,) = torch.autograd.grad(qf(actions.unsqueeze(1)).sum(), actions, create_graph=True)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(hessian, torch.autograd.grad(expected.sum(), actions)[0], rtol=0, atol=1e-10)
