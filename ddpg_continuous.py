@@ -46,7 +46,7 @@ class Args:
     seed: int = 1
     """seed of everything random: networks, exploration, replay, environment"""
     torch_deterministic: bool = True
-    """use deterministic algorithms where a GPU has them"""
+    """let cuDNN use deterministic algorithms only"""
     cuda: bool = True
     """use the GPU if there is one"""
     track: bool = False
@@ -247,7 +247,10 @@ class DDPG:
         loss.backward()
         nn.utils.clip_grad_norm_(self.qf.parameters(), self.args.max_grad_norm)
         self.q_optimizer.step()
-        return {"losses/qf1_loss": loss.detach(), "losses/qf1_values": values.detach().mean()}
+        return {
+            "losses/qf1_loss": loss.detach(),
+            "losses/qf1_values": values.detach().mean(),
+        }
 
     @torch.no_grad()
     def update_targets(self):
@@ -358,7 +361,7 @@ def make_buffer(args, env, rng, device):
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     capacity = min(args.buffer_size, args.total_timesteps)
     row_bytes = 4 * (2 * obs_dim + action_dim + 2)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
     if capacity * row_bytes > memory:
         sys.exit(
             f"--buffer-size {args.buffer_size}: takes {capacity * row_bytes / 1e9:.1f} GB of memory and the machine has "
@@ -385,13 +388,13 @@ def train(args):
     episode_return, episode_length = 0.0, 0
     obs, _ = env.reset(seed=args.seed)
 
-    with contextlib.closing(Logger(args)) as logger:
-        print(f"run folder: {logger.run_dir}", flush=True)
-        bar = tqdm(total=args.total_timesteps, unit=" steps", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    progress = {"total": args.total_timesteps, "unit": " steps", "dynamic_ncols": True, "disable": not sys.stderr.isatty()}
+    with contextlib.closing(Logger(args)) as logger, tqdm(**progress) as bar:
+        bar.write(f"run folder: {logger.run_dir}", file=sys.stdout)
         sps, clock = 0, time.time()
 
         for global_step in range(args.total_timesteps + 1):  # steps taken so far
-            if global_step % LOG_FREQUENCY == 0 and losses:
+            if global_step % LOG_FREQUENCY == 0 and global_step > 0:
                 sps, clock = int(LOG_FREQUENCY / (time.time() - clock)), time.time()
                 values = {key: value.item() for key, value in losses.items()}
                 logger.log(values | {"charts/SPS": sps}, global_step)
@@ -432,7 +435,6 @@ def train(args):
                 losses |= agent.update_critic(*buffer.sample(args.batch_size))
                 agent.update_targets()
             bar.update()
-        bar.close()
     return evaluations
 
 

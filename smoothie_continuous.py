@@ -55,7 +55,7 @@ class Args:
     seed: int = 1
     """seed of everything random: networks, exploration, replay, environment"""
     torch_deterministic: bool = True
-    """use deterministic algorithms where a GPU has them"""
+    """let cuDNN use deterministic algorithms only"""
     cuda: bool = True
     """use the GPU if there is one"""
     track: bool = False
@@ -378,7 +378,7 @@ def make_buffer(args, env, rng, device):
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     capacity = min(args.buffer_size, args.total_timesteps)
     row_bytes = 4 * (2 * obs_dim + action_dim + 2)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
     if capacity * row_bytes > memory:
         sys.exit(
             f"--buffer-size {args.buffer_size}: takes {capacity * row_bytes / 1e9:.1f} GB of memory and the machine has "
@@ -404,15 +404,15 @@ def train(args):
     episode_return, episode_length = 0.0, 0
     obs, _ = env.reset(seed=args.seed)
 
-    with contextlib.closing(Logger(args)) as logger:
-        print(f"run folder: {logger.run_dir}", flush=True)
-        bar = tqdm(total=args.total_timesteps, unit=" steps", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    progress = {"total": args.total_timesteps, "unit": " steps", "dynamic_ncols": True, "disable": not sys.stderr.isatty()}
+    with contextlib.closing(Logger(args)) as logger, tqdm(**progress) as bar:
+        bar.write(f"run folder: {logger.run_dir}", file=sys.stdout)
         sps, clock = 0, time.time()
 
         for global_step in range(args.total_timesteps + 1):  # steps taken so far
             std = (0.5 * agent.actor.log_var).exp().detach().cpu().numpy()
 
-            if global_step % LOG_FREQUENCY == 0 and losses:
+            if global_step % LOG_FREQUENCY == 0 and global_step > 0:
                 sps, clock = int(LOG_FREQUENCY / (time.time() - clock)), time.time()
                 values = {key: value.item() for key, value in losses.items()}
                 values |= {f"policy/std_{i}": std_i for i, std_i in enumerate(std.tolist())}
@@ -453,7 +453,6 @@ def train(args):
                 losses |= agent.update_critic(*buffer.sample(args.batch_size))
                 agent.update_targets()
             bar.update()
-        bar.close()
     return evaluations
 
 

@@ -6,11 +6,10 @@ import smoothie_continuous
 import smoothie_no_kl
 
 SCRIPTS = [smoothie_continuous, smoothie_no_kl, ddpg_continuous]
-SMOOTHIES = SCRIPTS[:2]
 
 
 def pytest_generate_tests(metafunc):
-    for fixture, modules in [("script", SCRIPTS), ("smoothie", SMOOTHIES)]:
+    for fixture, modules in [("script", SCRIPTS), ("smoothie", SCRIPTS[:2])]:
         if fixture in metafunc.fixturenames:
             metafunc.parametrize(fixture, modules, ids=lambda module: module.__name__)
 

@@ -2,6 +2,7 @@
 
 import csv
 import glob
+import inspect
 import json
 import math
 import os
@@ -9,12 +10,16 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import ddpg_continuous
 import smoothie_continuous
+import smoothie_no_kl
 import smoothie_toy_bandit as toy
 
+SCRIPTS = [smoothie_continuous, smoothie_no_kl, ddpg_continuous]
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHORT = ["--total-timesteps", "400", "--learning-starts", "150", "--eval-frequency", "200", "--eval-episodes", "2"]
 
@@ -190,13 +195,14 @@ def test_tracking_works_offline(script):
         assert history[key] == pytest.approx([(step, pytest.approx(value, rel=1e-5)) for step, value in series]), key
 
 
-def test_readme_lists_every_flag_with_its_default(script):
-    documented = {row[0]: row[1] for row in readme_table("## Flags") if in_script(row[2], script.__name__)}
-    ours = {}
-    for name, value in vars(script.Args()).items():
-        flag = "--" + name.replace("_", "-")
-        ours[flag] = str(value).replace(script.__name__, "the script's name")
-    assert {flag: default.replace(",", "") for flag, default in documented.items()} == ours
+@pytest.mark.parametrize("module", [*SCRIPTS, toy], ids=lambda module: module.__name__)
+def test_readme_lists_every_flag_with_its_default(module):
+    heading = "## Flags of the toy bandit" if module is toy else "## Flags"
+    documented = {row[0]: row[1].replace(",", "") for row in readme_table(heading) if in_script(row[2], module.__name__)}
+    ours = {"--" + name.replace("_", "-"): str(value) for name, value in vars(module.Args()).items()}
+    if module is not toy:
+        ours["--exp-name"] = "the script's name"
+    assert documented == ours
 
 
 def test_help_cites_the_paper(script):
@@ -214,11 +220,8 @@ def test_toy_bandit_remakes_figure_2(monkeypatch):
     counts = {line.split(":")[0]: int(re.search(r": (\d+)/20 seeds", line)[1]) for line in printed[:3]}
     assert counts["smoothie"] >= 19 and counts["ddpg"] == 0 and counts["smoothie without weights"] <= 1
     assert os.path.getsize("figure.png") > 20_000
-    for key in ("ddpg",):
-        assert (paths[key][:, :, 1] == toy.STD_INIT).all()
+    assert (paths["ddpg"][:, :, 1] == toy.STD_INIT).all()
     # the variance falls, rises and falls again, in the exact flow and in the median seed
-    import numpy as np
-
     for std in (paths["flow"][:, 1], np.median(paths["smoothie"][:, :, 1], 1)):
         dip = std[: len(std) // 2].argmin()
         peak = dip + std[dip:].argmax()
@@ -235,14 +238,6 @@ def test_toy_bad_input():
 
 def test_same_shared_code():
     """The parts that must not differ between the scripts do not: networks' shapes, buffer, evaluation, environment."""
-    import inspect
-
-    import ddpg_continuous
-    import smoothie_no_kl
-
     for name in ("make_env", "evaluate", "Logger", "make_buffer", "td_target"):
-        sources = {
-            re.sub(r'"""(.|\n)*?"""', "", inspect.getsource(getattr(module, name)))
-            for module in (smoothie_continuous, smoothie_no_kl, ddpg_continuous)
-        }
+        sources = {re.sub(r'"""(.|\n)*?"""', "", inspect.getsource(getattr(module, name))) for module in SCRIPTS}
         assert len(sources) == 1, name
