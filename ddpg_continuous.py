@@ -336,6 +336,7 @@ class Logger:
                 name=os.path.basename(self.run_dir),
                 config=asdict(args),
             )
+            self.wandb.define_metric("*", step_metric="global_step")
 
     def log(self, values, global_step):
         for key, value in values.items():
