@@ -94,13 +94,14 @@ def make_env(env_id):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is what the literature reports
             env = gym.make(env_id)
-    except (gym.error.Error, ImportError) as error:
+    except (gym.error.Error, ImportError, ValueError) as error:
         sys.exit(f"--env-id {env_id}: {' '.join(str(error).split())}")
-    if not isinstance(env.observation_space, gym.spaces.Box) or not isinstance(env.action_space, gym.spaces.Box):
-        sys.exit(f"--env-id {env_id}: observations and actions must be Box, not {env.observation_space}, {env.action_space}")
+    for what, space in [("observations", env.observation_space), ("actions", env.action_space)]:
+        if not isinstance(space, gym.spaces.Box):
+            sys.exit(f"--env-id {env_id}: {what} must be a Box, not {type(space).__name__}")
     low, high = env.action_space.low, env.action_space.high
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        sys.exit(f"--env-id {env_id}: needs finite action bounds, not {env.action_space}")
+        sys.exit(f"--env-id {env_id}: needs finite action bounds, not {low.min():g} to {high.max():g}")
     bias, scale = (high + low) / 2, (high - low) / 2
     unit_box = gym.spaces.Box(-1.0, 1.0, (low.size,), low.dtype)
     env = gym.wrappers.TransformAction(env, lambda a: bias + scale * np.clip(a, -1.0, 1.0).reshape(bias.shape), unit_box)
