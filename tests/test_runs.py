@@ -240,10 +240,10 @@ def test_toy_bandit_remakes_figure_2(monkeypatch):
     assert os.path.getsize("figure.png") > 20_000
     assert (paths["ddpg"][:, :, 1] == toy.STD_INIT).all()
     # the variance falls, rises and falls again, in the exact flow and in the median seed
-    for std in (paths["flow"][:, 1], np.median(paths["smoothie"][:, :, 1], 1)):
+    for std, margin in [(paths["flow"][:, 1], 0.01), (np.median(paths["smoothie"][:, :, 1], 1), 0.02)]:
         dip = std[: len(std) // 2].argmin()
         peak = dip + std[dip:].argmax()
-        assert std[dip] < std[0] - 0.02 and std[peak] > std[dip] + 0.02 and std[-1] < 0.5 * std[peak]
+        assert std[dip] < std[0] - margin and std[peak] > std[dip] + margin and std[-1] < 0.5 * std[peak]
     assert paths["smoothie"][:, :, 1].max() < toy.MAX_STD
 
 
