@@ -33,20 +33,13 @@ def test_actions_are_clipped_per_dimension_only_on_their_way_out(trained):
     rows = torch.from_numpy(buffer.rows[:120])
     actions = rows.split(buffer.widths, 1)[1].numpy()
     assert (np.abs(actions[20:]) > 1).any(), "the buffer must keep samples from beyond the bounds"
-    assert received.dtype == np.float32 or received.dtype == np.float64
     low, high = Recorder.action_space.low, Recorder.action_space.high
     assert (received >= low).all() and (received <= high + 1e-6).all()
     assert np.isclose(received.max(0), high).all() and np.isclose(received.min(0), low).all(), "both bounds are reached"
-    # the first evaluation acts before training does; the training actions are the next 120
-    first_evaluation = len(received) - 120 - final_evaluation_length(received)
-    expected = (high + low) / 2 + (high - low) / 2 * np.clip(actions, -1, 1)
-    np.testing.assert_allclose(received[first_evaluation : first_evaluation + 120], expected, atol=1e-6)
-
-
-def final_evaluation_length(received):
-    """The last evaluation is the second episode of its environment: it ends by the time limit after 7 steps."""
+    # 5 steps of the first evaluation, up to its termination; 120 of training; 7 of the last evaluation, up to its time limit
     assert len(received) == 5 + 120 + 7
-    return 7
+    expected = (high + low) / 2 + (high - low) / 2 * np.clip(actions, -1, 1)
+    np.testing.assert_allclose(received[5:125], expected, atol=1e-6)
 
 
 def test_time_limits_are_not_terminations_in_the_buffer(trained):
