@@ -58,6 +58,8 @@ class Args:
     """let cuDNN use deterministic algorithms only"""
     cuda: bool = True
     """use the GPU if there is one"""
+    compile: bool = False
+    """compile the whole update into one graph: half a minute to start the first time, then faster (needs a C++ compiler)"""
     track: bool = False
     """mirror every logged value to Weights & Biases"""
     wandb_project_name: str = "smoothie"
@@ -216,23 +218,54 @@ def critic_loss(values, targets):
     return F.mse_loss(values, targets)
 
 
-class Smoothie:
-    """Algorithm 1: the networks, their optimisers and the two updates."""
+class Adam(nn.Module):
+    """Adam (Kingma and Ba, 2015) on a list of parameters: torch.optim.Adam's steps, which --compile could not trace."""
 
-    def __init__(self, obs_dim, action_dim, args, device="cpu"):
+    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8):
+        super().__init__()
+        self.params, self.lr, self.betas, self.eps = params, lr, betas, eps
+        self.m = nn.ParameterList(torch.zeros_like(p) for p in params).requires_grad_(False)
+        self.v = nn.ParameterList(torch.zeros_like(p) for p in params).requires_grad_(False)
+        self.register_buffer("beta1_power", torch.ones(()))
+        self.register_buffer("beta2_power", torch.ones(()))
+
+    @torch.no_grad()
+    def step(self, grads):
+        beta1, beta2 = self.betas
+        bias1 = 1 - self.beta1_power.mul_(beta1)
+        bias2 = (1 - self.beta2_power.mul_(beta2)).sqrt()
+        step_size, eps = self.lr * bias2 / bias1, self.eps * bias2
+        for p, grad, m, v in zip(self.params, grads, self.m, self.v, strict=True):
+            m.lerp_(grad, 1 - beta1)
+            v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            p -= step_size * m / (v.sqrt() + eps)
+
+
+class Smoothie(nn.Module):
+    """Algorithm 1: the networks, their optimisers and the update. state_dict() is all of its state."""
+
+    def __init__(self, obs_dim, action_dim, args):
+        super().__init__()
         self.args = args
-        self.actor = Actor(obs_dim, action_dim, args.log_var_init).to(device)
-        self.target_actor = Actor(obs_dim, action_dim, args.log_var_init).to(device).requires_grad_(False)
-        self.qf = QNetwork(obs_dim, action_dim).to(device)
-        self.target_qf = QNetwork(obs_dim, action_dim).to(device).requires_grad_(False)
+        self.actor = Actor(obs_dim, action_dim, args.log_var_init)
+        self.target_actor = Actor(obs_dim, action_dim, args.log_var_init).requires_grad_(False)
+        self.qf = QNetwork(obs_dim, action_dim)
+        self.target_qf = QNetwork(obs_dim, action_dim).requires_grad_(False)
         self.target_actor.load_state_dict(self.actor.state_dict())
         self.target_qf.load_state_dict(self.qf.state_dict())
-        theta = [p for p in self.actor.parameters() if p is not self.actor.log_var]
-        self.actor_optimizer = torch.optim.Adam(theta, lr=args.policy_lr, fused=True)
-        self.q_optimizer = torch.optim.Adam(self.qf.parameters(), lr=args.q_lr, fused=True)
-        self.params = [*self.actor.parameters(), *self.qf.parameters()]
+        self.theta = [p for p in self.actor.parameters() if p is not self.actor.log_var]
+        self.w = list(self.qf.parameters())
+        self.actor_optimizer = Adam(self.theta, args.policy_lr)
+        self.q_optimizer = Adam(self.w, args.q_lr)
+        self.params = [*self.actor.parameters(), *self.w]
         self.target_params = [*self.target_actor.parameters(), *self.target_qf.parameters()]
-        self.value_scale = torch.ones((), device=device)  # running mean of |target|
+        self.register_buffer("value_scale", torch.ones(()))  # running mean of |target|
+
+    def update(self, observations, batch):
+        """One update of Algorithm 1: the policy on one batch, the critic on another, the targets. Return what to log."""
+        metrics = self.update_policy(observations) | self.update_critic(*batch)
+        self.update_targets()
+        return metrics
 
     def update_policy(self, observations):
         """One step of theta along (13) and of phi along (15), both less lambda times the gradient of the KL of (20)."""
@@ -242,12 +275,10 @@ class Smoothie:
             old_mean = self.target_actor(observations)
         kl = kl_divergence(mean, log_var, old_mean, self.target_actor.log_var)
         loss = policy_loss(mean, log_var, gradient, hessian) + self.args.kl_coef * self.value_scale * kl
-        self.actor_optimizer.zero_grad()
-        log_var.grad = None
-        loss.backward()
-        self.actor_optimizer.step()
+        *theta_grads, phi_grad = torch.autograd.grad(loss, [*self.theta, log_var])
+        self.actor_optimizer.step(theta_grads)
         with torch.no_grad():
-            log_var -= self.args.log_var_lr / self.value_scale * log_var.grad
+            log_var -= self.args.log_var_lr / self.value_scale * phi_grad
         return {"losses/actor_loss": loss.detach(), "losses/kl": kl.detach(), "losses/hessian": hessian.mean()}
 
     def update_critic(self, observations, actions, rewards, next_observations, terminated):
@@ -259,10 +290,9 @@ class Smoothie:
             self.value_scale.lerp_(targets.abs().mean(), self.args.tau).clamp_(min=1e-6)
         values = self.qf(observations, phantom_actions)
         loss = critic_loss(values, targets)
-        self.q_optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.qf.parameters(), self.args.max_grad_norm)
-        self.q_optimizer.step()
+        grads = torch.autograd.grad(loss, self.w)
+        norm = sum(g.square().sum() for g in grads).sqrt()
+        self.q_optimizer.step(torch._foreach_mul(grads, (self.args.max_grad_norm / norm).clamp(max=1.0)))
         return {
             "losses/qf1_loss": loss.detach(),
             "losses/qf1_values": values.detach().mean(),
@@ -274,11 +304,22 @@ class Smoothie:
         torch._foreach_lerp_(self.target_params, self.params, self.args.tau)
 
 
-@torch.no_grad()
+def compiled(update):
+    """Return update() as one graph, which on a GPU is replayed as a CUDA graph. The first call takes half a minute."""
+    torch._dynamo.config.trace_autograd_ops = True  # the gradients belong to the graph
+    options = {
+        "fallback_random": True,  # draw the numbers that are drawn without --compile
+        "cpp.use_decompose_tanh": True,  # tanh from exp: on the CPU several times as fast
+        "triton.cudagraphs": True,
+        "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,  # shapes and flags stay as they are for the whole run
+    }
+    return torch.compile(update, fullgraph=True, isolate_recompiles=True, options=options)
+
+
+@torch.inference_mode()
 def act(actor, obs):
     """Return mu_theta(s) of one observation, a NumPy array (action_dim,)."""
-    device = actor.log_var.device
-    return actor(torch.as_tensor(obs, dtype=torch.float32, device=device).unsqueeze(0)).squeeze(0).cpu().numpy()
+    return actor(torch.as_tensor(obs, dtype=torch.float32, device=actor.fc1.weight.device)).cpu().numpy()
 
 
 def evaluate(actor, env, episodes, seed):
@@ -401,7 +442,8 @@ def train(args):
 
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
     buffer = make_buffer(args, env, rng, device)
-    agent = Smoothie(env.observation_space.shape[0], env.action_space.shape[0], args, device)
+    agent = Smoothie(env.observation_space.shape[0], env.action_space.shape[0], args).to(device)
+    update = compiled(agent.update) if args.compile else agent.update
     evaluations, losses = [], {}
     episode_return, episode_length = 0.0, 0
     obs, _ = env.reset(seed=args.seed)
@@ -451,9 +493,7 @@ def train(args):
                 obs, _ = env.reset()
 
             if global_step >= args.learning_starts:
-                losses = agent.update_policy(buffer.sample(args.batch_size)[0])
-                losses |= agent.update_critic(*buffer.sample(args.batch_size))
-                agent.update_targets()
+                losses = update(buffer.sample(args.batch_size)[0], buffer.sample(args.batch_size))
             bar.update()
     return evaluations
 

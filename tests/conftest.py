@@ -8,6 +8,10 @@ import smoothie_no_kl
 SCRIPTS = [smoothie_continuous, smoothie_no_kl, ddpg_continuous]
 
 
+def agent_class(script):
+    return script.DDPG if script is ddpg_continuous else script.Smoothie
+
+
 def pytest_generate_tests(metafunc):
     for fixture, modules in [("script", SCRIPTS), ("smoothie", SCRIPTS[:2])]:
         if fixture in metafunc.fixturenames:

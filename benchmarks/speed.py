@@ -1,0 +1,304 @@
+"""Steps a second of the three scripts and of Stable-Baselines3's and SBX's DDPG on the same work, measured in one call.
+
+Every contestant trains in a process of its own, pinned to the same cores: one environment, one update a step, networks of
+400 and 300 units, a million transitions of replay. All of them start and warm up (random steps, compilation); then they take
+turns, each running `--steps` environment steps while the others wait, `--repetitions` times. The scripts run as they are,
+with logging, progress bar, divergence guard and evaluation on; like its peers' loops, their windows hold no evaluation.
+
+The floor replays the matrix products of one update of smoothie_continuous.py, recorded from the script itself, and steps the
+environment with random actions: nothing that does this work with the same matrix library can be faster.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/speed.py --env-id Walker2d-v4 --output benchmarks/speed.md
+    python benchmarks/speed.py --sweep --output benchmarks/cost.md
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SCRIPTS = ("smoothie_continuous", "smoothie_no_kl", "ddpg_continuous")
+CONTESTANTS = {
+    **{f"{script}.py{flag}": (script, bool(flag)) for script in SCRIPTS for flag in ("", " --compile")},
+    "Stable-Baselines3 DDPG": ("stable_baselines3", False),
+    "SBX DDPG (JAX)": ("sbx", False),
+    "floor: matrix products and environment alone": ("floor", False),
+}
+WARMUP = 300  # steps with updates before the first window, compilation among them
+
+
+@dataclass
+class Args:
+    env_id: str = "Walker2d-v4"
+    """the gymnasium task"""
+    batch_size: int = 128
+    """transitions in a batch"""
+    threads: int = 1
+    """cores and threads that each contestant gets"""
+    repetitions: int = 7
+    """windows of each contestant, interleaved"""
+    steps: int = 500
+    """environment steps in a window"""
+    cuda: bool = False
+    """train on the GPU"""
+    sweep: bool = False
+    """instead of the peers, compare smoothie_continuous.py over batch sizes, tasks and threads"""
+    output: str | None = None
+    """the Markdown file to write; nothing is written unless every contestant has run"""
+
+
+def paced(env, first, steps):
+    """Return env that, at step `first` and every `steps` after it, prints the seconds since it went on and waits for a line."""
+    import gymnasium
+
+    class Paced(gymnasium.Wrapper):
+        count, start = 0, 0.0
+
+        def step(self, action):
+            if self.count >= first and (self.count - first) % steps == 0:
+                seconds = time.perf_counter() - self.start
+                memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+                print(json.dumps({"seconds": seconds, "memory": memory}), file=sys.__stdout__, flush=True)
+                if not sys.stdin.readline():
+                    os._exit(0)  # the benchmark is over
+                self.start = time.perf_counter()
+            self.count += 1
+            return super().step(action)
+
+    return Paced(env)
+
+
+def recorded_products(script, obs_dim, action_dim, batch_size):
+    """Return the shapes ((m, k), (k, n)) of the matrix products in one update of the script."""
+    import numpy as np
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    shapes = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                shapes.append(tuple((tuple(t.shape), t.is_contiguous()) for t in args[-2:]))
+            return func(*args, **(kwargs or {}))
+
+    agent = script.Smoothie(obs_dim, action_dim, script.Args())
+    buffer = script.ReplayBuffer(1, obs_dim, action_dim, np.random.default_rng(0))
+    buffer.add(np.zeros(obs_dim), np.zeros(action_dim), 0.0, np.zeros(obs_dim), False)
+    with Record():
+        agent.update(buffer.sample(batch_size)[0], buffer.sample(batch_size))
+    return shapes
+
+
+def contestant(module, compile, args):
+    """Train forever, in windows: what a process of its own does."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+    warnings.filterwarnings("ignore")
+    sys.path.insert(0, ROOT)
+    import gymnasium as gym
+    import torch
+
+    torch.set_num_threads(args.threads)
+    learning_starts = max(1000, args.batch_size)
+    pace = {"first": learning_starts + WARMUP, "steps": args.steps}
+    if module in SCRIPTS:
+        script = importlib.import_module(module)
+        make_env, envs = script.make_env, []
+
+        def make_paced_env(env_id):  # the first environment of the two is the one to train in
+            envs.append(make_env(env_id))
+            return paced(envs[0], **pace) if len(envs) == 1 else envs[-1]
+
+        script.make_env = make_paced_env
+        script.train(
+            script.Args(
+                env_id=args.env_id,
+                batch_size=args.batch_size,
+                learning_starts=learning_starts,
+                eval_frequency=10**9,
+                total_timesteps=10**9,
+                compile=compile,
+                cuda=args.cuda,
+            )
+        )
+    elif module == "floor":
+        script = importlib.import_module("smoothie_continuous")
+        env = paced(script.make_env(args.env_id), 0, args.steps)
+        device = "cuda" if args.cuda else "cpu"
+        products = []
+        shapes = recorded_products(script, env.observation_space.shape[0], env.action_space.shape[0], args.batch_size)
+        for (left, left_contiguous), (right, right_contiguous) in shapes:
+            a, b = (
+                torch.randn(shape, device=device) if contiguous else torch.randn(shape[::-1], device=device).t()
+                for shape, contiguous in [(left, left_contiguous), (right, right_contiguous)]
+            )
+            products.append((a, b, a @ b))
+        env.reset(seed=1)
+        with torch.inference_mode():
+            while True:
+                _, _, terminated, truncated, _ = env.step(env.action_space.sample())
+                if terminated or truncated:
+                    env.reset()
+                for a, b, out in products:
+                    torch.mm(a, b, out=out)
+    else:
+        ddpg = importlib.import_module(module).DDPG
+        kwargs = {"device": "cuda" if args.cuda else "cpu"} if module == "stable_baselines3" else {}
+        ddpg(
+            "MlpPolicy",
+            paced(gym.make(args.env_id), **pace),
+            policy_kwargs={"net_arch": [400, 300]},
+            batch_size=args.batch_size,
+            learning_starts=learning_starts,
+            train_freq=1,
+            gradient_steps=1,
+            buffer_size=1_000_000,
+            seed=1,
+            **kwargs,
+        ).learn(10**9, log_interval=None)
+
+
+class Process:
+    """One contestant: started and warmed up on its own, then asked for one window at a time."""
+
+    def __init__(self, name, args):
+        self.name, self.seconds, self.memory = name, [], 0
+        env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "OPENBLAS_NUM_THREADS": str(args.threads)}
+        if args.threads == 1:
+            env["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+        command = [sys.executable, os.path.abspath(__file__), "--contestant", name, json.dumps(vars(args))]
+        self.folder, self.errors = tempfile.TemporaryDirectory(), tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            env=env,
+            cwd=self.folder.name,
+        )
+        self.read()
+
+    def read(self):
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        self.errors.seek(0)
+        sys.exit(f"{self.name} ended: {(self.errors.read().strip().splitlines() or ['without a word'])[-1]}")
+
+    def window(self):
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        answer = self.read()
+        self.seconds.append(answer["seconds"])
+        self.memory = answer["memory"]
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+        self.folder.cleanup()
+
+
+def measure(names, args):
+    """Return {name: (list of steps a second, peak memory in bytes)}, every name once before any name again."""
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for name in names:
+            print(f"{name}: starting", file=sys.stderr)
+            processes.append(Process(name, args))
+            stack.callback(processes[-1].close)
+        for repetition in range(args.repetitions):
+            for process in processes:
+                process.window()
+            print(f"repetition {repetition + 1} of {args.repetitions}", file=sys.stderr)
+        return {p.name: ([args.steps / s for s in p.seconds], p.memory) for p in processes}
+
+
+def machine(args):
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        names = {line.split(":")[1].strip() for line in file if line.startswith("model name")}
+    import torch
+
+    device = torch.cuda.get_device_name() if args.cuda else f"{args.threads} core{'s' if args.threads > 1 else ''}"
+    return f"{device} of {' and '.join(sorted(names)) or platform.processor()}, PyTorch {torch.__version__.split('+')[0]}"
+
+
+def table(args):
+    """The table against the peers, as Markdown."""
+    results = measure(list(CONTESTANTS), args)
+    rates = {name: statistics.median(values) for name, (values, _) in results.items()}
+    sb3, sbx, floor = "Stable-Baselines3 DDPG", "SBX DDPG (JAX)", "floor: matrix products and environment alone"
+    lines = [
+        f"`{args.env_id}`, batch {args.batch_size}, networks 400 and 300, one update a step; {machine(args)}. Median of "
+        f"{args.repetitions} windows of {args.steps} steps, interleaved.",
+        "",
+        "| | steps/s | lowest to highest | times SB3 | times SBX | time over the floor's | peak memory, MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in sorted(rates, key=rates.get, reverse=True):
+        values, memory = results[name]
+
+        def ratio(other, values=values):  # pair by pair: the machine's own speed drifts
+            return statistics.median(a / b for a, b in zip(values, results[other][0], strict=True))
+
+        label = f"`{name}`" if ".py" in name else name
+        spread = f"{min(values):.0f} to {max(values):.0f}"
+        ratios = f"{ratio(sb3):.2f} | {ratio(sbx):.2f} | {1 / ratio(floor):.2f}"
+        lines.append(f"| {label} | {rates[name]:.0f} | {spread} | {ratios} | {memory / 1e6:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def sweep(args):
+    """The table of how the cost grows, as Markdown."""
+    names = ["smoothie_continuous.py", "smoothie_continuous.py --compile", "floor: matrix products and environment alone"]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    variants = [
+        *[{"batch_size": size, "steps": max(50, args.steps * 64 // size)} for size in (64, 128, 256, 512, 1024)],
+        *[{"env_id": env_id} for env_id in ("Hopper-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4") if env_id != args.env_id],
+        *[{"threads": threads} for threads in range(2, min(cores, 4) + 1)],
+    ]
+    lines = [
+        f"`smoothie_continuous.py`, steps/s, median of {args.repetitions} windows; {machine(args)} where nothing else is said.",
+        "",
+        "| task | batch | threads | as it is | `--compile` | floor |",
+        "|---|---|---|---|---|---|",
+    ]
+    for variant in variants:
+        settings = Args(**(vars(args) | variant))
+        print(f"{settings.env_id}, batch {settings.batch_size}, {settings.threads} threads", file=sys.stderr)
+        rates = [statistics.median(values) for values, _ in measure(names, settings).values()]
+        cells = [settings.env_id, settings.batch_size, settings.threads, *[f"{rate:.0f}" for rate in rates]]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(args):
+    text = sweep(args) if args.sweep else table(args)
+    print(text, end="")
+    if args.output:
+        with open(args.output, "w") as file:
+            file.write(text)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--contestant"]:
+        module, compile = CONTESTANTS[sys.argv[2]]
+        with contextlib.redirect_stdout(io.StringIO()):
+            contestant(module, compile, Args(**json.loads(sys.argv[3])))
+    else:
+        import tyro
+
+        main(tyro.cli(Args))
