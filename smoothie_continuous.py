@@ -21,15 +21,34 @@ whose average over the buffer is the smoothed Bellman equation                  
 
 Actions are in normalised units everywhere but inside the environment: 1 is half the range of that dimension.
 """
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco]==1.4.0",
+#     "mujoco==3.3.7",
+#     "numpy==2.4.6",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "tqdm==4.70.1",
+#     "wandb==0.31.0",
+#     "imageio-ffmpeg==0.8.1",
+# ]
+# ///
 
 import contextlib
 import csv
+import importlib.metadata
+import io
 import itertools
 import json
 import math
 import os
 import re
+import signal
+import subprocess
 import sys
+import threading
 import time
 import warnings
 from dataclasses import asdict, dataclass
@@ -43,8 +62,14 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder are not noticed there
+    fcntl = None
+
 LOG_FREQUENCY = 100  # environment steps between two records of the losses, each also a check that training is sane
 EVAL_SEED_OFFSET = 10_000  # evaluation episodes start from another seed than training
+CHECKPOINT_FORMAT = 1  # raised when a checkpoint of before can no longer be read
 MAX_STD = 10.0  # a policy this wide, in half-ranges of the action, only ever acts at the bounds: the covariance has blown up
 
 
@@ -100,13 +125,26 @@ class Args:
     eval_episodes: int = 10
     """episodes of each evaluation"""
 
+    checkpoint_frequency: int = 0
+    """environment steps between two checkpoints; with 0 only Ctrl-C and SIGTERM write one"""
+    save_model: bool = False
+    """write the policy to policy.pt at each evaluation"""
+    capture_video: bool = False
+    """write an MP4 and a GIF of the first episode of each evaluation"""
+    resume: str | None = None
+    """go on with the run in this folder, from its last checkpoint and with its flags"""
+    evaluate: str | None = None
+    """do not train: evaluate the policy.pt in this run's folder"""
+    render: bool = False
+    """with --evaluate: show the episodes in a window"""
 
-def make_env(env_id):
+
+def make_env(env_id, render_mode=None):
     """Return the environment behind normalised actions: it receives bias + scale * clip(action, -1, 1), per dimension."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is what the literature reports
-            env = gym.make(env_id)
+            env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
     except (gym.error.Error, ImportError, ValueError) as error:
         sys.exit(f"--env-id {env_id}: {' '.join(str(error).split())}")
     for what, space in [("observations", env.observation_space), ("actions", env.action_space)]:
@@ -178,7 +216,7 @@ class ReplayBuffer:
     def __init__(self, capacity, obs_dim, action_dim, rng, device="cpu"):
         self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
         self.rows = np.zeros((capacity, sum(self.widths)), dtype=np.float32)
-        self.count, self.rng, self.device = 0, rng, device
+        self.count, self.saved, self.rng, self.device = 0, 0, rng, device
 
     def add(self, obs, action, reward, next_obs, terminated):
         row = self.rows[self.count % len(self.rows)]
@@ -192,6 +230,88 @@ class ReplayBuffer:
         rows = self.rows[self.rng.integers(min(self.count, len(self.rows)), size=batch_size)]
         obs, actions, rewards, next_obs, terminated = torch.from_numpy(rows).to(self.device).split(self.widths, 1)
         return obs, actions, rewards.squeeze(1), next_obs, terminated.squeeze(1)
+
+    def save(self, folder):
+        """Write the rows that were added since the last save to a file of their own, named by the first and the end."""
+        start = max(self.saved, self.count - len(self.rows))
+        if start < self.count:
+            a, b = start % len(self.rows), self.count % len(self.rows)
+            with open(os.path.join(folder, f"rows_{start}_{self.count}.f32"), "wb") as file:
+                for rows in [self.rows[a:b]] if a < b else [self.rows[a:], self.rows[:b]]:
+                    rows.tofile(file)
+                file.flush()
+                os.fsync(file.fileno())
+        self.saved = self.count
+
+    def load(self, folder, count):
+        """Read back the buffer that had received `count` rows. Raise ValueError unless all of it is there."""
+        self.forget(folder, lambda start, end: end > count)  # written by a save that was never finished
+        self.count = self.saved = count
+        found = 0
+        for name, start, end in self.files(folder):
+            first = max(start, count - len(self.rows))
+            with open(os.path.join(folder, name), "rb") as file:
+                file.seek((first - start) * self.rows[0].nbytes)
+                for i in range(first, end, 10_000):  # in parts: all rows at once could be gigabytes
+                    index = np.arange(i, min(i + 10_000, end))
+                    rows = np.fromfile(file, np.float32, index.size * self.rows.shape[1])
+                    self.rows[index % len(self.rows)] = rows.reshape(index.size, -1)
+            found += end - first
+        if found != min(count, len(self.rows)):
+            raise ValueError(f"{found} of {min(count, len(self.rows))} transitions are there")
+
+    def forget(self, folder, unwanted):
+        for name, start, end in self.files(folder):
+            if unwanted(start, end):
+                os.remove(os.path.join(folder, name))
+
+    @staticmethod
+    def files(folder):
+        names = [re.fullmatch(r"rows_(\d+)_(\d+)\.f32", name) for name in os.listdir(folder)]
+        return sorted((name[0], int(name[1]), int(name[2])) for name in names if name)
+
+
+class Episode:
+    """The training episode in progress.
+
+    To restore it exactly, whatever the simulator keeps to itself, it is played again: from the state that the environment's
+    generator had before the reset, with the same actions.
+    """
+
+    def __init__(self, env, seed):
+        self.env, self.seed, self.rng_state = env, seed, None
+        self.restart()
+
+    def restart(self):
+        self.obs, _ = self.env.reset(seed=self.seed if self.rng_state is None else None)
+        self.actions, self.episodic_return = [], 0.0
+
+    def begin(self):
+        """Start the next episode."""
+        self.rng_state = self.env.unwrapped.np_random.bit_generator.state
+        self.restart()
+
+    def step(self, action):
+        """Return what env.step does, but for the infos."""
+        self.obs, reward, terminated, truncated, _ = self.env.step(action)
+        self.actions.append(action)
+        self.episodic_return += float(reward)
+        return self.obs, reward, terminated, truncated
+
+    def state_dict(self):
+        actions = torch.from_numpy(np.array(self.actions))
+        return {"rng": json.dumps(self.rng_state), "actions": actions, "obs": torch.from_numpy(np.array(self.obs))}
+
+    def load_state_dict(self, state):
+        """Raise ValueError if playing the episode again does not end at the same observation."""
+        self.rng_state = json.loads(state["rng"])
+        if self.rng_state is not None:
+            self.env.unwrapped.np_random.bit_generator.state = self.rng_state
+            self.restart()
+        for action in state["actions"].numpy():
+            self.step(action)
+        if not np.array_equal(self.obs, state["obs"].numpy(), equal_nan=True):
+            raise ValueError("the environment did not repeat its episode, so it is not deterministic given its seed")
 
 
 def policy_loss(mean, log_var, gradient, hessian):
@@ -322,6 +442,47 @@ def act(actor, obs):
     return actor(torch.as_tensor(obs, dtype=torch.float32, device=actor.fc1.weight.device)).cpu().numpy()
 
 
+class Film(gym.Wrapper):
+    """Films the episode that follows film(path): all of it as path.mp4, every fourth frame, half as wide, as path.gif."""
+
+    path, writers = None, None
+
+    def film(self, path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        self.path = path
+
+    def reset(self, **kwargs):
+        result = self.env.reset(**kwargs)
+        if self.path:
+            import imageio  # with imageio-ffmpeg; nothing but videos needs them
+
+            fps, self.frames = self.metadata.get("render_fps", 30), 0
+            gif = imageio.get_writer(self.path + ".gif", duration=4000 / fps, loop=0)
+            self.path, self.writers = None, (imageio.get_writer(self.path + ".mp4", fps=fps, macro_block_size=2), gif)
+            self.draw()
+        return result
+
+    def step(self, action):
+        result = self.env.step(action)
+        if self.writers:
+            self.draw()
+            if result[2] or result[3]:
+                for writer in self.writers:
+                    writer.close()
+                self.writers = None
+        return result
+
+    def draw(self):
+        try:
+            frame = self.env.render()
+            self.writers[0].append_data(frame)
+        except Exception as error:  # what a missing screen, library or render_mode raises differs from one to the next
+            sys.exit(f"cannot draw ({error}): without a screen, set MUJOCO_GL=egl or MUJOCO_GL=osmesa and install its library")
+        if self.frames % 4 == 0 and self.frames < 600:  # small enough for a README
+            self.writers[1].append_data(frame[::2, ::2])
+        self.frames += 1
+
+
 def evaluate(actor, env, episodes, seed):
     """Return the undiscounted returns and the lengths of `episodes` episodes of the mean action from a seeded reset."""
     returns, lengths = [], []
@@ -355,6 +516,7 @@ def check(args):
         ("kl_coef", 0, 1e9),
         ("eval_frequency", 1, 10**12),
         ("eval_episodes", 1, 10**6),
+        ("checkpoint_frequency", 0, 10**12),
     ]:
         value = getattr(args, name)
         if not low <= value <= high:
@@ -367,35 +529,98 @@ def check(args):
         )
 
 
+def provenance():
+    """Return the versions of what the numbers depend on, and the commit of the script if it lies in a git repository."""
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git here
+        commit = None
+    versions = {package: importlib.metadata.version(package) for package in ("torch", "gymnasium", "mujoco", "numpy")}
+    return {"python": sys.version.split()[0], **versions, "commit": commit}
+
+
+def replace(path, content):
+    """Write bytes, or what torch.save makes of a dict, to a new file that takes the place of path once it is whole on disk."""
+    if isinstance(content, dict):
+        torch.save(content, buffer := io.BytesIO())
+        content = buffer.getbuffer()
+    with open(path + ".new", "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".new", path)
+
+
+def read(path):
+    """Return what torch.save wrote to path, tensors, numbers and strings only, or exit: nothing in the file can run code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        sys.exit(
+            f"{path}: not there; --checkpoint-frequency, Ctrl-C or SIGTERM write checkpoints, --save-model writes policy.pt"
+        )
+    except Exception as error:  # a damaged or hostile file can raise anything
+        sys.exit(f"{path}: cannot be read ({type(error).__name__}), it is damaged or was not written by this script")
+
+
 class Logger:
-    """The run's folder: config.json, TensorBoard events, evaluations.csv (one row per episode); mirrored to W&B if tracked."""
+    """The run's folder: config.json, TensorBoard events, evaluations.csv (one row per episode), the checkpoint, policy.pt;
+    what is logged is mirrored to W&B if tracked. One run at a time may have the folder."""
 
     def __init__(self, args):
         name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-        try:
-            for attempt in itertools.count():  # two runs of one name may start in the same second
+        self.args, self.run_dir, self.writer, self.wandb = args, args.resume or os.path.join("runs", name), None, None
+        with self.writing():
+            for attempt in itertools.count() if not args.resume else ():  # two runs of one name may start in the same second
                 self.run_dir = os.path.join("runs", f"{name}_{attempt}" if attempt else name)
                 with contextlib.suppress(FileExistsError):
                     os.makedirs(self.run_dir)
                     break
-            with open(os.path.join(self.run_dir, "config.json"), "w") as file:
-                json.dump(asdict(args), file, indent=2)
-            self.evaluations = open(os.path.join(self.run_dir, "evaluations.csv"), "w", newline="")
-            self.writer = SummaryWriter(self.run_dir)
-        except OSError as error:
-            sys.exit(f"{self.run_dir}: cannot write the run's folder ({error.strerror}); start in a folder that is writable")
-        csv.writer(self.evaluations).writerow(["global_step", "episode", "episodic_return", "episodic_length"])
-        self.wandb = None
-        if args.track:
-            import wandb
+            self.lock = open(self.path("lock"), "w")
+            try:
+                fcntl and fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                sys.exit(f"{self.run_dir}: another run is going on in this folder; wait for its end or stop it")
 
-            self.wandb = wandb.init(
-                project=args.wandb_project_name,
-                entity=args.wandb_entity,
-                name=os.path.basename(self.run_dir),
-                config=asdict(args),
-            )
-            self.wandb.define_metric("*", step_metric="global_step")
+    def path(self, *names):
+        return os.path.join(self.run_dir, *names)
+
+    @contextlib.contextmanager
+    def writing(self):
+        """Exit with one sentence where the disk is full or the folder is gone; what is on disk stays as it is."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            sys.exit(f"{self.run_dir}: cannot write ({reason}); is there room, and is the folder still there and writable?")
+
+    def open(self, start):
+        """Begin to log after step `start`; what a killed run logged after that is dropped, as it will be logged again."""
+        config = asdict(self.args) | {"resume": None, "provenance": provenance()}
+        rows = ["global_step,episode,episodic_return,episodic_length\n"]
+        if self.args.resume:
+            with open(self.path("evaluations.csv")) as file:
+                rows += [row for row in list(file)[1:] if int(row.split(",")[0]) <= start]
+        replace(self.path("evaluations.csv"), "".join(rows).encode())
+        replace(self.path("config.json"), json.dumps(config, indent=2).encode())
+        os.makedirs(self.path("checkpoint"), exist_ok=True)
+        self.writer = SummaryWriter(self.run_dir, purge_step=start + 1 if self.args.resume else None)
+        if self.args.track:
+            self.track(config)
+
+    def track(self, config):
+        import wandb
+
+        name = os.path.basename(os.path.abspath(self.run_dir))  # as the id, too: a resumed run goes on in the same W&B run
+        settings = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity, "id": name, "name": name}
+        try:
+            self.wandb = wandb.init(config=config, resume="allow", **settings)
+        except wandb.Error as error:
+            print(f"Weights & Biases: {error}; tracking offline, `wandb sync` sends it later", file=sys.stderr)
+            wandb.teardown()  # the failed attempt still holds the run's id
+            self.wandb = wandb.init(config=config, mode="offline", **settings)
+        self.wandb.define_metric("*", step_metric="global_step")
 
     def log(self, values, global_step):
         for key, value in values.items():
@@ -404,16 +629,45 @@ class Logger:
             self.wandb.log({"global_step": global_step, **values})
 
     def log_evaluation(self, returns, lengths, global_step):
-        rows = [(global_step, i, *episode) for i, episode in enumerate(zip(returns, lengths, strict=True))]
-        csv.writer(self.evaluations).writerows(rows)
-        self.evaluations.flush()
+        with open(self.path("evaluations.csv"), "r+", newline="") as file:  # r+: not made anew if someone deleted the folder
+            file.seek(0, os.SEEK_END)
+            rows = [(global_step, i, *episode) for i, episode in enumerate(zip(returns, lengths, strict=True))]
+            csv.writer(file, lineterminator="\n").writerows(rows)
         self.log({"eval/episodic_return": np.mean(returns), "eval/episodic_length": np.mean(lengths)}, global_step)
 
+    def save_checkpoint(self, state, buffer):
+        """Write the new rows of the buffer and then, in one stroke, the state that counts them."""
+        buffer.save(self.path("checkpoint"))
+        replace(self.path("checkpoint", "state.pt"), state)
+        buffer.forget(self.path("checkpoint"), lambda start, end: end <= buffer.count - len(buffer.rows))
+        self.writer.flush()
+
     def close(self):
-        self.evaluations.close()
-        self.writer.close()
+        with contextlib.suppress(OSError):
+            if self.writer:
+                self.writer.close()
         if self.wandb:
             self.wandb.finish()
+        self.lock.close()
+
+
+class Stop:
+    """While entered, the first Ctrl-C or SIGTERM is kept in `signal` for the loop to see; a second one ends the program."""
+
+    signal = None
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self.keep) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def keep(self, number, frame):
+        self.signal = signal.Signals(number)
+        self.__exit__()
+
+    def __exit__(self, *_):
+        for number, handler in getattr(self, "before", {}).items():
+            signal.signal(number, handler)
 
 
 def make_buffer(args, env, rng, device):
@@ -431,72 +685,172 @@ def make_buffer(args, env, rng, device):
     return ReplayBuffer(capacity, obs_dim, action_dim, rng, device)
 
 
-def train(args):
-    """Algorithm 1. Return the mean return of every evaluation, in order."""
-    check(args)
+def prepare(args):
+    """Seed torch, set how it computes, and return the device."""
     torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_flush_denormal(True)  # numbers below 1e-38 change nothing and slow some processors down
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
-    env, eval_env = make_env(args.env_id), make_env(args.env_id)
+
+def train(args):
+    """Algorithm 1. Return the mean return of every evaluation since the beginning of the run, in order."""
+    check(args)
+    device = prepare(args)
+    rng = np.random.default_rng(args.seed)
+    env, eval_env = make_env(args.env_id), make_env(args.env_id, "rgb_array" if args.capture_video else None)
+    eval_env = Film(eval_env)
     buffer = make_buffer(args, env, rng, device)
     agent = Smoothie(env.observation_space.shape[0], env.action_space.shape[0], args).to(device)
     update = compiled(agent.update) if args.compile else agent.update
-    evaluations, losses = [], {}
-    episode_return, episode_length = 0.0, 0
-    obs, _ = env.reset(seed=args.seed)
+    episode = Episode(env, args.seed)
+    evaluations, losses, start = [], {}, 0
+    identity = {"format": CHECKPOINT_FORMAT, "script": os.path.basename(__file__), "env_id": args.env_id, "seed": args.seed}
 
+    def policy_std():
+        return (0.5 * agent.actor.log_var).exp().detach().cpu().numpy()
+
+    def restore():
+        """Set everything as it was at the last checkpoint, and return its step."""
+        state = read(logger.path("checkpoint", "state.pt"))
+        for key, ours in identity.items():
+            if (theirs := state.get("identity", {}).get(key)) != ours:
+                sys.exit(f"--resume {args.resume}: the {key} of this checkpoint is {theirs}, that of this run {ours}")
+        try:
+            agent.load_state_dict(state["agent"])
+            buffer.load(logger.path("checkpoint"), state["count"])
+            episode.load_state_dict(state["episode"])
+            rng.bit_generator.state = json.loads(state["rng"])
+            torch.set_rng_state(state["torch_rng"])
+            if device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda_rng"])
+        except (KeyError, RuntimeError, TypeError, ValueError, OSError) as error:
+            sys.exit(f"--resume {args.resume}: this checkpoint does not fit or is not whole: {' '.join(str(error).split())}")
+        evaluations.extend(state["evaluations"])
+        return state["global_step"]
+
+    def save(step):
+        state = {
+            "identity": identity,
+            "agent": agent.state_dict(),
+            "count": buffer.count,
+            "episode": episode.state_dict(),
+            "rng": json.dumps(rng.bit_generator.state),
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
+            "evaluations": evaluations,
+            "global_step": step,
+        }
+        logger.save_checkpoint(state, buffer)
+
+    def report_evaluation(step):
+        if args.capture_video:
+            eval_env.film(logger.path("videos", f"step_{step}"))
+        returns, lengths = evaluate(agent.actor, eval_env, args.eval_episodes, args.seed + EVAL_SEED_OFFSET)
+        logger.log_evaluation(returns, lengths, step)
+        if args.save_model:
+            replace(logger.path("policy.pt"), {"env_id": args.env_id, "actor": agent.actor.state_dict()})
+        evaluations.append(float(np.mean(returns)))
+        status = f"eval return {evaluations[-1]:.2f}, policy std {policy_std().mean():.3f}"
+        bar.set_postfix_str(status)
+        bar.write(f"step {step}: {status}, {sps} steps/s", file=sys.stdout)
+        sys.stdout.flush()
+
+    def check_sane(values, step):
+        """Exit if training has diverged."""
+        values = values | {"a network weight": sum(p.detach().sum() for p in agent.params).item()}
+        for key, value in values.items():
+            if not math.isfinite(value) or (key.startswith("policy/std") and value > MAX_STD):
+                sys.exit(
+                    f"step {step}: {key} is {value:g}, training has diverged; "
+                    "a lower --q-lr, --log-var-lr or --reward-scale usually helps"
+                )
+
+    logger = Logger(args)
     progress = {"total": args.total_timesteps, "unit": " steps", "dynamic_ncols": True, "disable": not sys.stderr.isatty()}
-    with contextlib.closing(Logger(args)) as logger, tqdm(**progress) as bar:
+    with contextlib.closing(logger), logger.writing(), Stop() as stop:
+        start = restore() if args.resume else 0
+        logger.open(start)
+        bar = tqdm(initial=start, **progress)
         bar.write(f"run folder: {logger.run_dir}", file=sys.stdout)
         sps, clock = 0, time.time()
+        if start == 0:
+            report_evaluation(0)
 
-        for global_step in range(args.total_timesteps + 1):  # steps taken so far
-            std = (0.5 * agent.actor.log_var).exp().detach().cpu().numpy()
-
-            if global_step % LOG_FREQUENCY == 0 and global_step > 0:
-                sps, clock = int(LOG_FREQUENCY / (time.time() - clock)), time.time()
-                values = {key: value.item() for key, value in losses.items()}
-                values |= {f"policy/std_{i}": std_i for i, std_i in enumerate(std.tolist())}
-                logger.log(values | {"charts/SPS": sps}, global_step)
-                for key, value in values.items():
-                    if not math.isfinite(value) or (key.startswith("policy/std") and value > MAX_STD):
-                        sys.exit(
-                            f"step {global_step}: {key} is {value:g}, training has diverged; "
-                            "a lower --q-lr, --log-var-lr or --reward-scale usually helps"
-                        )
-
-            if global_step % args.eval_frequency == 0 or global_step == args.total_timesteps:
-                returns, lengths = evaluate(agent.actor, eval_env, args.eval_episodes, args.seed + EVAL_SEED_OFFSET)
-                logger.log_evaluation(returns, lengths, global_step)
-                evaluations.append(float(np.mean(returns)))
-                status = f"eval return {evaluations[-1]:.2f}, policy std {std.mean():.3f}"
-                bar.set_postfix_str(status)
-                bar.write(f"step {global_step}: {status}, {sps} steps/s", file=sys.stdout)
-                sys.stdout.flush()
-            if global_step == args.total_timesteps:
-                break
-
-            if global_step < args.learning_starts:
-                action = rng.uniform(-1.0, 1.0, std.shape)
+        for step in range(start + 1, args.total_timesteps + 1):
+            obs = episode.obs
+            if step <= args.learning_starts:
+                action = rng.uniform(-1.0, 1.0, env.action_space.shape)
             else:
-                action = act(agent.actor, obs) + std * rng.standard_normal(std.shape)
-            next_obs, reward, terminated, truncated, _ = env.step(action)
+                action = act(agent.actor, obs) + policy_std() * rng.standard_normal(env.action_space.shape)
+            next_obs, reward, terminated, truncated = episode.step(action)
             buffer.add(obs, action, reward, next_obs, terminated)
-            obs, episode_return, episode_length = next_obs, episode_return + float(reward), episode_length + 1
             if terminated or truncated:
-                episode = {"charts/episodic_return": episode_return, "charts/episodic_length": episode_length}
-                logger.log(episode, global_step + 1)
-                episode_return, episode_length = 0.0, 0
-                obs, _ = env.reset()
+                ended = {"charts/episodic_return": episode.episodic_return, "charts/episodic_length": len(episode.actions)}
+                logger.log(ended, step)
+                episode.begin()
 
-            if global_step >= args.learning_starts:
+            if step > args.learning_starts:
                 losses = update(buffer.sample(args.batch_size)[0], buffer.sample(args.batch_size))
+
+            last = step == args.total_timesteps
+            due = args.checkpoint_frequency and (step % args.checkpoint_frequency == 0 or last)
+            if step % LOG_FREQUENCY == 0 or due or stop.signal:
+                values = {key: value.item() for key, value in losses.items()}
+                values |= {f"policy/std_{i}": std_i for i, std_i in enumerate(policy_std().tolist())}
+                if step % LOG_FREQUENCY == 0:
+                    sps, clock = int(LOG_FREQUENCY / (time.time() - clock)), time.time()
+                    logger.log(values | {"charts/SPS": sps}, step)
+                check_sane(values, step)
+            if step % args.eval_frequency == 0 or last:
+                report_evaluation(step)
+            if due or stop.signal:
+                save(step)
             bar.update()
+            if stop.signal:
+                bar.write(f"step {step}: {stop.signal.name}; go on with --resume {logger.run_dir}", file=sys.stderr)
+                sys.exit(128 + stop.signal)
+        bar.close()
     return evaluations
 
 
+def watch(args):
+    """Evaluate a saved policy: the same episodes as in training, and so the same returns as its last evaluation."""
+    policy = read(os.path.join(args.evaluate, "policy.pt"))
+    device = prepare(args)
+    mode = "human" if args.render else "rgb_array" if args.capture_video else None
+    try:
+        env = Film(make_env(policy["env_id"], mode))
+        actor = Actor(env.observation_space.shape[0], env.action_space.shape[0], args.log_var_init).to(device)
+        actor.load_state_dict(policy["actor"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        sys.exit(f"--evaluate {args.evaluate}: policy.pt is not one of this script ({' '.join(str(error).split())})")
+    if args.capture_video:
+        env.film(os.path.join(args.evaluate, "videos", "evaluate"))
+    returns, lengths = evaluate(actor, env, args.eval_episodes, args.seed + EVAL_SEED_OFFSET)
+    for i, (episode_return, length) in enumerate(zip(returns, lengths, strict=True)):
+        print(f"episode {i}: return {episode_return}, {length} steps")
+    print(f"mean return {np.mean(returns):.2f} over {args.eval_episodes} episodes")
+    env.close()
+
+
+def command_line():
+    """Return the flags; with --resume and --evaluate those that are not given are as in that run."""
+    args = tyro.cli(Args)
+    if folder := args.resume or args.evaluate:
+        try:
+            with open(os.path.join(folder, "config.json")) as file:
+                config = json.load(file)
+            args = tyro.cli(Args, default=Args(**{name: config[name] for name in asdict(args)}))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            sys.exit(f"{folder}: not the folder of a run of this script ({type(error).__name__}: {error})")
+    if args.render and not args.evaluate:
+        sys.exit("--render: goes with --evaluate; --capture-video writes videos while training")
+    if args.render and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
+        sys.exit("--render: there is no screen here (DISPLAY is not set); --capture-video needs none")
+    return args
+
+
 if __name__ == "__main__":
-    train(tyro.cli(Args))
+    args = command_line()
+    watch(args) if args.evaluate else train(args)

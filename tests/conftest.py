@@ -5,6 +5,8 @@ import ddpg_continuous
 import smoothie_continuous
 import smoothie_no_kl
 
+torch.set_num_threads(1)  # pytest-xdist runs one process a core
+
 SCRIPTS = [smoothie_continuous, smoothie_no_kl, ddpg_continuous]
 
 
