@@ -136,6 +136,12 @@ def make_env(env_id, render_mode=None):
             env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
     except (gym.error.Error, ImportError, ValueError) as error:
         sys.exit(f"--env-id {env_id}: {' '.join(str(error).split())}")
+    except AttributeError as error:  # what MuJoCo raises where the library for drawing is not there
+        if not (library := os.environ.get("MUJOCO_GL")):
+            raise
+        sys.exit(
+            f"MUJOCO_GL={library}: its library cannot be loaded ({error}); install it, or unset MUJOCO_GL to train without"
+        )
     for what, space in [("observations", env.observation_space), ("actions", env.action_space)]:
         if not isinstance(space, gym.spaces.Box):
             sys.exit(f"--env-id {env_id}: {what} must be a Box, not {type(space).__name__}")
@@ -296,9 +302,8 @@ class Episode:
         if self.rng_state is not None:
             self.env.unwrapped.np_random.bit_generator.state = self.rng_state
             self.restart()
-        for action in state["actions"].numpy():
-            self.step(action)
-        if not np.array_equal(self.obs, state["obs"].numpy(), equal_nan=True):
+        ended = [terminated or truncated for *_, terminated, truncated in map(self.step, state["actions"].numpy())]
+        if any(ended) or not np.array_equal(self.obs, state["obs"].numpy()):
             raise ValueError("the environment did not repeat its episode, so it is not deterministic given its seed")
 
 
@@ -529,11 +534,16 @@ def replace(path, content):
     if isinstance(content, dict):
         torch.save(content, buffer := io.BytesIO())
         content = buffer.getbuffer()
-    with open(path + ".new", "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".new", path)
+    try:
+        with open(path + ".new", "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".new", path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".new")  # on a full disk its room is wanted
+        raise
 
 
 def read(path):
@@ -549,8 +559,11 @@ def read(path):
 
 
 class Logger:
-    """The run's folder: config.json, TensorBoard events, evaluations.csv (one row per episode), the checkpoint, policy.pt;
-    what is logged is mirrored to W&B if tracked. One run at a time may have the folder."""
+    """The run's folder: config.json, TensorBoard events, evaluations.csv (one row per episode), the checkpoint, policy.pt.
+
+    What is logged is mirrored to W&B if tracked. One run at a time may have the folder. Where the disk is full or the folder is
+    gone, the methods exit with one sentence; what is on disk stays as it is.
+    """
 
     def __init__(self, args):
         name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
@@ -572,7 +585,6 @@ class Logger:
 
     @contextlib.contextmanager
     def writing(self):
-        """Exit with one sentence where the disk is full or the folder is gone; what is on disk stays as it is."""
         try:
             yield
         except OSError as error:
@@ -583,13 +595,14 @@ class Logger:
         """Begin to log after step `start`; what a killed run logged after that is dropped, as it will be logged again."""
         config = asdict(self.args) | {"resume": None, "provenance": provenance()}
         rows = ["global_step,episode,episodic_return,episodic_length\n"]
-        if self.args.resume:
-            with open(self.path("evaluations.csv")) as file:
-                rows += [row for row in list(file)[1:] if int(row.split(",")[0]) <= start]
-        replace(self.path("evaluations.csv"), "".join(rows).encode())
-        replace(self.path("config.json"), json.dumps(config, indent=2).encode())
-        os.makedirs(self.path("checkpoint"), exist_ok=True)
-        self.writer = SummaryWriter(self.run_dir, purge_step=start + 1 if self.args.resume else None)
+        with self.writing():
+            if self.args.resume:
+                with open(self.path("evaluations.csv")) as file:
+                    rows += [row for row in list(file)[1:] if int(row.split(",")[0]) <= start]
+            replace(self.path("evaluations.csv"), "".join(rows).encode())
+            replace(self.path("config.json"), json.dumps(config, indent=2).encode())
+            os.makedirs(self.path("checkpoint"), exist_ok=True)
+            self.writer = SummaryWriter(self.run_dir, purge_step=start + 1 if self.args.resume else None)
         if self.args.track:
             self.track(config)
 
@@ -607,24 +620,30 @@ class Logger:
         self.wandb.define_metric("*", step_metric="global_step")
 
     def log(self, values, global_step):
-        for key, value in values.items():
-            self.writer.add_scalar(key, value, global_step)
+        with self.writing():
+            for key, value in values.items():
+                self.writer.add_scalar(key, value, global_step)
         if self.wandb:
             self.wandb.log({"global_step": global_step, **values})
 
     def log_evaluation(self, returns, lengths, global_step):
-        with open(self.path("evaluations.csv"), "r+", newline="") as file:  # r+: not made anew if someone deleted the folder
+        rows = [(global_step, i, *episode) for i, episode in enumerate(zip(returns, lengths, strict=True))]
+        with self.writing(), open(self.path("evaluations.csv"), "r+", newline="") as file:  # r+: not anew in a deleted folder
             file.seek(0, os.SEEK_END)
-            rows = [(global_step, i, *episode) for i, episode in enumerate(zip(returns, lengths, strict=True))]
             csv.writer(file, lineterminator="\n").writerows(rows)
         self.log({"eval/episodic_return": np.mean(returns), "eval/episodic_length": np.mean(lengths)}, global_step)
 
+    def save_policy(self, policy):
+        with self.writing():
+            replace(self.path("policy.pt"), policy)
+
     def save_checkpoint(self, state, buffer):
         """Write the new rows of the buffer and then, in one stroke, the state that counts them."""
-        buffer.save(self.path("checkpoint"))
-        replace(self.path("checkpoint", "state.pt"), state)
-        buffer.forget(self.path("checkpoint"), lambda start, end: end <= buffer.count - len(buffer.rows))
-        self.writer.flush()
+        with self.writing():
+            buffer.save(self.path("checkpoint"))
+            replace(self.path("checkpoint", "state.pt"), state)
+            buffer.forget(self.path("checkpoint"), lambda start, end: end <= buffer.count - len(buffer.rows))
+            self.writer.flush()
 
     def close(self):
         with contextlib.suppress(OSError):
@@ -682,14 +701,13 @@ def train(args):
     check(args)
     device = prepare(args)
     rng = np.random.default_rng(args.seed)
-    env, eval_env = make_env(args.env_id), make_env(args.env_id, "rgb_array" if args.capture_video else None)
-    eval_env = Film(eval_env)
+    env, eval_env = make_env(args.env_id), Film(make_env(args.env_id, "rgb_array" if args.capture_video else None))
     buffer = make_buffer(args, env, rng, device)
     agent = DDPG(env.observation_space.shape[0], env.action_space.shape[0], args).to(device)
     update = compiled(agent.update) if args.compile else agent.update
     episode = Episode(env, args.seed)
     noise = OrnsteinUhlenbeck(env.action_space.shape[0], args.ou_theta, args.ou_sigma, rng)
-    evaluations, losses, start = [], {}, 0
+    evaluations, losses = [], {}
     identity = {"format": CHECKPOINT_FORMAT, "script": os.path.basename(__file__), "env_id": args.env_id, "seed": args.seed}
 
     def restore():
@@ -733,7 +751,7 @@ def train(args):
         returns, lengths = evaluate(agent.actor, eval_env, args.eval_episodes, args.seed + EVAL_SEED_OFFSET)
         logger.log_evaluation(returns, lengths, step)
         if args.save_model:
-            replace(logger.path("policy.pt"), {"env_id": args.env_id, "actor": agent.actor.state_dict()})
+            logger.save_policy({"env_id": args.env_id, "actor": agent.actor.state_dict()})
         evaluations.append(float(np.mean(returns)))
         status = f"eval return {evaluations[-1]:.2f}"
         bar.set_postfix_str(status)
@@ -749,12 +767,11 @@ def train(args):
                     f"step {step}: {key} is {value:g}, training has diverged; a lower --q-lr or --reward-scale usually helps"
                 )
 
-    logger = Logger(args)
     progress = {"total": args.total_timesteps, "unit": " steps", "dynamic_ncols": True, "disable": not sys.stderr.isatty()}
-    with contextlib.closing(logger), logger.writing(), Stop() as stop:
+    with contextlib.closing(Logger(args)) as logger, Stop() as stop, contextlib.ExitStack() as stack:
         start = restore() if args.resume else 0
         logger.open(start)
-        bar = tqdm(initial=start, **progress)
+        bar = stack.enter_context(tqdm(initial=start, **progress))
         bar.write(f"run folder: {logger.run_dir}", file=sys.stdout)
         sps, clock = 0, time.time()
         if start == 0:
@@ -777,9 +794,9 @@ def train(args):
             if step > args.learning_starts:
                 losses = update(buffer.sample(args.batch_size)[0], buffer.sample(args.batch_size))
 
-            last = step == args.total_timesteps
-            due = args.checkpoint_frequency and (step % args.checkpoint_frequency == 0 or last)
-            if step % LOG_FREQUENCY == 0 or due or stop.signal:
+            last, stopped = step == args.total_timesteps, stop.signal
+            checkpoint = stopped or (args.checkpoint_frequency and (step % args.checkpoint_frequency == 0 or last))
+            if step % LOG_FREQUENCY == 0 or checkpoint:
                 values = {key: value.item() for key, value in losses.items()}
                 if step % LOG_FREQUENCY == 0:
                     sps, clock = int(LOG_FREQUENCY / (time.time() - clock)), time.time()
@@ -787,13 +804,12 @@ def train(args):
                 check_sane(values, step)
             if step % args.eval_frequency == 0 or last:
                 report_evaluation(step)
-            if due or stop.signal:
+            if checkpoint:
                 save(step)
             bar.update()
-            if stop.signal:
-                bar.write(f"step {step}: {stop.signal.name}; go on with --resume {logger.run_dir}", file=sys.stderr)
-                sys.exit(128 + stop.signal)
-        bar.close()
+            if stopped:
+                bar.write(f"step {step}: {stopped.name}; go on with --resume {logger.run_dir}", file=sys.stderr)
+                sys.exit(128 + stopped)
     return evaluations
 
 

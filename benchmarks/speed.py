@@ -118,8 +118,8 @@ def contestant(module, compile, args):
         script = importlib.import_module(module)
         make_env, envs = script.make_env, []
 
-        def make_paced_env(env_id):  # the first environment of the two is the one to train in
-            envs.append(make_env(env_id))
+        def make_paced_env(*env_args):  # the first environment of the two is the one to train in
+            envs.append(make_env(*env_args))
             return paced(envs[0], **pace) if len(envs) == 1 else envs[-1]
 
         script.make_env = make_paced_env

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -5,6 +7,7 @@ import ddpg_continuous
 import smoothie_continuous
 import smoothie_no_kl
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 torch.set_num_threads(1)  # pytest-xdist runs one process a core
 
 SCRIPTS = [smoothie_continuous, smoothie_no_kl, ddpg_continuous]

@@ -40,6 +40,29 @@ class Dict(Recorder):
     observation_space = gym.spaces.Dict({"position": Recorder.observation_space})
 
 
+class Integers(gym.Env):
+    """A 2x3 picture of integers, each step another."""
+
+    observation_space = gym.spaces.Box(0, 255, (2, 3), np.uint8)
+    action_space = Recorder.action_space
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.low + self.np_random.integers(256, size=(2, 3), dtype=np.uint8), {}
+
+    def step(self, action):
+        return self.np_random.integers(256, size=(2, 3), dtype=np.uint8), float(action.sum()), False, False, {}
+
+
+class Forgetful(Integers):
+    """Its randomness is its own, so that a seed does not decide it."""
+
+    def step(self, action):
+        return np.random.default_rng().integers(256, size=(2, 3), dtype=np.uint8), 0.0, False, False, {}
+
+
+gym.register("Integers-v0", entry_point=Integers, max_episode_steps=40)
+gym.register("Forgetful-v0", entry_point=Forgetful, max_episode_steps=40)
 gym.register("Recorder-v0", entry_point=Recorder, max_episode_steps=7)
 gym.register("NaNReward-v0", entry_point=Recorder, max_episode_steps=7, kwargs={"nan_after": 250})
 gym.register("Discrete-v0", entry_point=Discrete)

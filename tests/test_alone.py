@@ -11,7 +11,8 @@ import tomllib
 import numpy as np
 
 import smoothie_continuous
-from tests.test_runs import ROOT, start
+from tests.conftest import ROOT
+from tests.test_runs import start
 
 RUN = ["--total-timesteps", "200", "--learning-starts", "100", "--eval-frequency", "200", "--eval-episodes", "2"]
 

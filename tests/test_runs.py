@@ -16,13 +16,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto import wandb_internal_pb2
 
-import ddpg_continuous
-import smoothie_continuous
-import smoothie_no_kl
 import smoothie_toy_bandit as toy
+from tests.conftest import ROOT, SCRIPTS
 
-SCRIPTS = [smoothie_continuous, smoothie_no_kl, ddpg_continuous]
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHORT = ["--total-timesteps", "400", "--learning-starts", "150", "--eval-frequency", "200", "--eval-episodes", "2"]
 
 

@@ -22,7 +22,8 @@ import torch
 import ddpg_continuous
 import smoothie_continuous
 import smoothie_no_kl
-from tests.test_runs import ROOT, scalars, start
+from tests.conftest import ROOT
+from tests.test_runs import scalars, start
 
 SHORT = ["--learning-starts", "150", "--batch-size", "32", "--eval-frequency", "150", "--eval-episodes", "2"]
 SHORT += ["--total-timesteps", "450", "--checkpoint-frequency", "60", "--save-model"]
@@ -144,6 +145,23 @@ def test_a_wrapped_buffer_and_a_longer_run(script):
     assert_same(state, other)
     on_disk = sum(os.path.getsize(path) for path in glob.glob(f"{whole}/checkpoint/rows_*"))
     assert on_disk < 4 * 27 * (110 + 70 + 1), "rows that no checkpoint needs any more are removed"
+
+
+@pytest.mark.parametrize("env_id", ["tests.fake_envs:Integers-v0", "Hopper-v5"])
+def test_any_environment_resumes(script, env_id):
+    """Observations of integers, bounds of their own for each dimension, a v5 task."""
+    args = ARGS | {"env_id": env_id, "total_timesteps": 290}
+    whole = in_folder("whole", lambda: script.train(script.Args(**args)))
+    parts = in_folder("parts", lambda: script.train(script.Args(**args | {"total_timesteps": 200, "eval_frequency": 50})))
+    script.train(script.Args(**args, resume=parts))
+    states = [torch.load(f"{folder}/checkpoint/state.pt", weights_only=True)["agent"] for folder in (whole, parts)]
+    assert_same(*states)
+
+
+def test_an_environment_that_cannot_be_repeated_is_refused(script):
+    args = ARGS | {"env_id": "tests.fake_envs:Forgetful-v0", "total_timesteps": 210}
+    run_dir = in_folder("run", lambda: script.train(script.Args(**args)))
+    refused(script, "did not repeat its episode", resume=run_dir, env_id=args["env_id"])
 
 
 @pytest.fixture

@@ -1,0 +1,29 @@
+"""The speed benchmark measures what it says, without a word on how fast anything is."""
+
+import importlib.util
+import os
+
+import smoothie_continuous
+import smoothie_no_kl
+from tests.conftest import ROOT
+
+spec = importlib.util.spec_from_file_location("speed", os.path.join(ROOT, "benchmarks", "speed.py"))
+speed = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(speed)
+
+
+def test_the_floor_replays_the_products_of_one_update():
+    """Ten products with the 400x300 matrices, nine without the KL penalty: forward 6 (5), backward 4."""
+    for script, expected in [(smoothie_continuous, 10), (smoothie_no_kl, 9)]:
+        shapes = speed.recorded_products(script, 17, 6, 128)
+        sizes = [(*left, right[1]) for (left, _), (right, _) in shapes]
+        assert sum(sorted(size) in ([128, 300, 400], [128, 300, 406]) for size in sizes) == expected, sizes
+
+
+def test_windows_are_as_long_as_they_say():
+    floor = "floor: matrix products and environment alone"
+    args = speed.Args(env_id="Hopper-v4", batch_size=16, repetitions=2, steps=40)
+    results = speed.measure(["ddpg_continuous.py", floor], args)
+    for name, (rates, memory) in results.items():
+        assert len(rates) == 2 and min(rates) > 0, name
+        assert 50e6 < memory < 2e9, name
