@@ -628,7 +628,7 @@ class Logger:
             for key, value in values.items():
                 self.writer.add_scalar(key, value, global_step)
         if self.wandb:
-            self.wandb.log({"global_step": global_step, **values})
+            self.wandb.log({"global_step": global_step, **values}, step=global_step)
 
     def log_evaluation(self, returns, lengths, global_step):
         rows = [(global_step, i, *episode) for i, episode in enumerate(zip(returns, lengths, strict=True))]

@@ -209,9 +209,9 @@ def test_tracking_works_offline(script):
         assert tracked_steps == steps and tracked_values == pytest.approx(values, rel=1e-5), key
 
 
-def test_without_a_network_tracking_goes_on_offline(script):
+def test_without_a_network_tracking_goes_on_offline():
     nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": 40 * "a", "WANDB_INIT_TIMEOUT": "3"}
-    result = start(script.__name__, "--env-id", "tests.fake_envs:ShortHopper-v4", "--track", *SHORT, **nowhere)
+    result = start("smoothie_continuous", "--env-id", "tests.fake_envs:ShortHopper-v4", "--track", *SHORT, **nowhere)
     assert result.returncode == 0 and "tracking offline" in result.stderr, result.stderr
     (path,) = glob.glob("wandb/offline-run-*/*.wandb")
     assert sum(bool(record.history.item) for record in wandb_records(path)) > 10
