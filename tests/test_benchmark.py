@@ -1,0 +1,63 @@
+"""benchmark.sh: cells that are finished, interrupted, failed and waiting."""
+
+import glob
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from tests.conftest import ROOT
+
+SHORT = ["--learning-starts", "100", "--batch-size", "16", "--eval-frequency", "100", "--eval-episodes", "1"]
+
+
+def command(**settings):
+    env = {"SCRIPTS": "smoothie_no_kl ddpg_continuous", "SEEDS": "1", "TOTAL_TIMESTEPS": "300", "RUNS": os.path.abspath("out")}
+    env |= {"ENVS": "tests.fake_envs:ShortHopper-v4", "PYTHON": sys.executable, "WORKERS": "2"} | settings
+    return [os.path.join(ROOT, "benchmark.sh")], os.environ | env
+
+
+def benchmark(*flags, **settings):
+    args, env = command(**settings)
+    return subprocess.run([*args, *flags], capture_output=True, text=True, env=env)
+
+
+def states(**settings):
+    lines = benchmark("--status", **settings).stdout.splitlines()[1:]
+    return {tuple(line.split()[:3]): line.split()[3] for line in lines}
+
+
+def test_what_is_finished_is_skipped_and_what_failed_is_reported():
+    tasks = {"ENVS": "tests.fake_envs:ShortHopper-v4 tests.fake_envs:NaNReward-v0", "SCRIPTS": "ddpg_continuous"}
+    good, bad = [(task, "ddpg_continuous", "1") for task in tasks["ENVS"].split()]
+    assert states(**tasks) == {good: "waiting", bad: "waiting"}
+    result = benchmark(*SHORT, **tasks)
+    assert result.returncode == 1
+    assert "failed:\n" in result.stderr and "NaNReward-v0 ddpg_continuous 1: step 300: losses/" in result.stderr
+    assert states(**tasks) == {good: "done", bad: "failed"}
+    again = benchmark(*SHORT, ENVS=good[0], SCRIPTS="ddpg_continuous")
+    assert again.returncode == 0 and "finished before" in again.stdout and len(glob.glob("out/runs/*Hopper*")) == 1
+    assert benchmark("--dry-run", ENVS=good[0], SCRIPTS="ddpg_continuous").stdout == ""
+
+
+def test_ctrl_c_stops_everything_and_the_next_call_goes_on():
+    cells = [("tests.fake_envs:ShortHopper-v4", script, "1") for script in ("smoothie_no_kl", "ddpg_continuous")]
+    args, env = command(TOTAL_TIMESTEPS="1500")
+    process = subprocess.Popen([*args, *SHORT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    while len(glob.glob("out/runs/*/policy.pt")) < 2:
+        time.sleep(0.1)
+    assert set(states(TOTAL_TIMESTEPS="1500").values()) == {"running"}
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130, process.stderr.read()
+    assert states(TOTAL_TIMESTEPS="1500") == dict.fromkeys(cells, "stopped")
+    assert len(glob.glob("out/runs/*/checkpoint/state.pt")) == 2
+    result = benchmark(*SHORT, TOTAL_TIMESTEPS="1500")
+    assert result.returncode == 0 and result.stdout.count("--resume") == 2, result.stderr
+    assert states(TOTAL_TIMESTEPS="1500") == dict.fromkeys(cells, "done")
+
+
+def test_bad_settings_are_refused():
+    assert benchmark(SCRIPTS="ppo").stderr.startswith("SCRIPTS: there is no ppo.py")
+    result = benchmark(TOTAL_TIMESTEPS="1e6")
+    assert result.returncode == 2 and "whole numbers, not 1e6" in result.stderr
