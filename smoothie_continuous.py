@@ -45,6 +45,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,7 +152,7 @@ def make_env(env_id, render_mode=None):
         if not (library := os.environ.get("MUJOCO_GL")):
             raise
         sys.exit(
-            f"MUJOCO_GL={library}: its library cannot be loaded ({error}); install it, or unset MUJOCO_GL to train without"
+            f"MUJOCO_GL={library}: its library cannot be loaded ({error}); install it, or unset MUJOCO_GL where nothing is drawn"
         )
     for what, space in [("observations", env.observation_space), ("actions", env.action_space)]:
         if not isinstance(space, gym.spaces.Box):
@@ -532,6 +533,8 @@ def check(args):
             f"--batch-size {args.batch_size}: the replay buffer holds only {in_buffer} transitions when learning starts; "
             "raise --learning-starts and --buffer-size, or lower --batch-size"
         )
+    if args.compile and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "cl")):
+        sys.exit("--compile: needs a C++ compiler, and there is no g++ or clang++ here; install one, or leave --compile away")
 
 
 def provenance():

@@ -141,6 +141,11 @@ def test_bad_input_from_the_command_line(script):
     assert result.returncode == 2 and "--gamma" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_without_a_compiler_compile_says_so(script):
+    result = start(script.__name__, "--compile", PATH="/nowhere", CXX="g++")
+    assert result.returncode == 1 and re.fullmatch(r"--compile: needs a C\+\+ compiler.*\n", result.stderr)
+
+
 def test_nan_stops_the_run_and_keeps_what_was_logged(script):
     flags = ["--env-id", "tests.fake_envs:NaNReward-v0", *SHORT]
     result = start(script.__name__, *flags, "--eval-frequency", "100")
