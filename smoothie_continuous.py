@@ -151,9 +151,7 @@ def make_env(env_id, render_mode=None):
     except AttributeError as error:  # what MuJoCo raises where the library for drawing is not there
         if not (library := os.environ.get("MUJOCO_GL")):
             raise
-        sys.exit(
-            f"MUJOCO_GL={library}: its library cannot be loaded ({error}); install it, or unset MUJOCO_GL where nothing is drawn"
-        )
+        sys.exit(f"MUJOCO_GL={library}: its library cannot be loaded ({error}); install it, or unset MUJOCO_GL to draw nothing")
     for what, space in [("observations", env.observation_space), ("actions", env.action_space)]:
         if not isinstance(space, gym.spaces.Box):
             sys.exit(f"--env-id {env_id}: {what} must be a Box, not {type(space).__name__}")
