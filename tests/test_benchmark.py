@@ -44,7 +44,16 @@ def test_what_is_finished_is_skipped_and_what_failed_is_reported():
 def test_ctrl_c_stops_everything_and_the_next_call_goes_on():
     cells = [("tests.fake_envs:ShortHopper-v4", script, "1") for script in ("smoothie_no_kl", "ddpg_continuous")]
     args, env = command(TOTAL_TIMESTEPS="1500")
-    process = subprocess.Popen([*args, *SHORT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    process = subprocess.Popen(
+        [*args, *SHORT],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # ignored, as in a background job, it cannot be trapped
+    )
     while len(glob.glob("out/runs/*/policy.pt")) < 2:
         time.sleep(0.1)
     assert set(states(TOTAL_TIMESTEPS="1500").values()) == {"running"}
