@@ -254,7 +254,7 @@ class ReplayBuffer:
         self.count = self.saved = count
         found = 0
         for name, start, end in self.files(folder):
-            first = max(start, count - len(self.rows))
+            first = min(max(start, count - len(self.rows)), end)  # end: a file of old rows that a kill left behind
             with open(os.path.join(folder, name), "rb") as file:
                 file.seek((first - start) * self.rows[0].nbytes)
                 for i in range(first, end, 10_000):  # in parts: all rows at once could be gigabytes
@@ -355,6 +355,7 @@ class Adam(nn.Module):
 
     @torch.no_grad()
     def step(self, grads):
+        """Move the parameters in place, given one gradient of the same shape for each."""
         beta1, beta2 = self.betas
         bias1 = 1 - self.beta1_power.mul_(beta1)
         bias2 = (1 - self.beta2_power.mul_(beta2)).sqrt()
@@ -479,9 +480,11 @@ class Film(gym.Wrapper):
     def draw(self):
         try:
             frame = self.env.render()
-            self.writers[0].append_data(frame)
-        except Exception as error:  # what a missing screen, library or render_mode raises differs from one to the next
+        except Exception as error:  # what a missing screen or library raises differs from one to the next
             sys.exit(f"cannot draw ({error}): without a screen, set MUJOCO_GL=egl or MUJOCO_GL=osmesa and install its library")
+        if frame is None:
+            sys.exit("cannot draw: the environment has no render_mode rgb_array")
+        self.writers[0].append_data(frame)
         if self.frames % 4 == 0 and self.frames < 600:  # small enough for a README
             self.writers[1].append_data(frame[::2, ::2])
         self.frames += 1
@@ -727,7 +730,7 @@ def train(args):
     identity = {"format": CHECKPOINT_FORMAT, "script": os.path.basename(__file__), "env_id": args.env_id, "seed": args.seed}
 
     def policy_std():
-        return (0.5 * agent.actor.log_var).exp().detach().cpu().numpy()
+        return (0.5 * agent.actor.log_var.detach()).exp().cpu().numpy()
 
     def restore():
         """Set everything as it was at the last checkpoint, and return its step."""
@@ -763,9 +766,10 @@ def train(args):
         logger.save_checkpoint(state, buffer)
 
     def report_evaluation(step):
-        if args.capture_video:
-            eval_env.film(logger.path("videos", f"step_{step}"))
-        returns, lengths = evaluate(agent.actor, eval_env, args.eval_episodes, args.seed + EVAL_SEED_OFFSET)
+        with logger.writing() if args.capture_video else contextlib.nullcontext():
+            if args.capture_video:
+                eval_env.film(logger.path("videos", f"step_{step}"))
+            returns, lengths = evaluate(agent.actor, eval_env, args.eval_episodes, args.seed + EVAL_SEED_OFFSET)
         logger.log_evaluation(returns, lengths, step)
         if args.save_model:
             logger.save_policy({"env_id": args.env_id, "actor": agent.actor.state_dict()})
@@ -833,6 +837,7 @@ def train(args):
 
 def watch(args):
     """Evaluate a saved policy: the same episodes as in training, and so the same returns as its last evaluation."""
+    check(args)
     policy = read(os.path.join(args.evaluate, "policy.pt"))
     device = prepare(args)
     mode = "human" if args.render else "rgb_array" if args.capture_video else None
@@ -842,9 +847,12 @@ def watch(args):
         actor.load_state_dict(policy["actor"])
     except (KeyError, RuntimeError, TypeError) as error:
         sys.exit(f"--evaluate {args.evaluate}: policy.pt is not one of this script ({' '.join(str(error).split())})")
-    if args.capture_video:
-        env.film(os.path.join(args.evaluate, "videos", "evaluate"))
-    returns, lengths = evaluate(actor, env, args.eval_episodes, args.seed + EVAL_SEED_OFFSET)
+    try:
+        if args.capture_video:
+            env.film(os.path.join(args.evaluate, "videos", "evaluate"))
+        returns, lengths = evaluate(actor, env, args.eval_episodes, args.seed + EVAL_SEED_OFFSET)
+    except OSError as error:
+        sys.exit(f"{args.evaluate}: cannot write the video ({error.strerror or error})")
     for i, (episode_return, length) in enumerate(zip(returns, lengths, strict=True)):
         print(f"episode {i}: return {episode_return}, {length} steps")
     print(f"mean return {np.mean(returns):.2f} over {args.eval_episodes} episodes")

@@ -86,24 +86,29 @@ def assert_same_run(run_dir, other):
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_killed_at_random_moments_and_resumed(module, env_id):
+    """KILLS=50 in the environment kills as often, in a run that is as much longer."""
+    kills = int(os.environ.get("KILLS", "2"))
+    flags = ["--env-id", env_id, *SHORT, "--total-timesteps", str(450 + 150 * kills)]
+
     def uninterrupted():
-        assert start(module.__name__, "--env-id", env_id, *SHORT).returncode == 0
+        assert start(module.__name__, *flags).returncode == 0
 
     def killed():
-        kills, flags, random_moment = 0, ["--env-id", env_id, *SHORT], random.Random(str(os.getpid()))
+        killed, resume, random_moment = 0, [], random.Random(str(os.getpid()))
         while True:
-            process = popen(module, *flags)
-            if kills < 2:
+            process = popen(module, *(resume or flags))
+            if killed < kills:
                 while not glob.glob("runs/*/checkpoint/state.pt") and process.poll() is None:
                     time.sleep(0.01)
-                time.sleep(random_moment.uniform(0.0, 2.0) + (3.0 if kills else 0.0))  # it takes that long to start
+                time.sleep(random_moment.uniform(0.0, 1.0) + (3.0 if killed else 0.0))  # it takes that long to start
                 process.kill()
-                kills += 1
             _, errors = process.communicate()
             if process.returncode != -signal.SIGKILL:
                 assert process.returncode == 0, errors
+                assert killed, "the run ended before it could be killed"
                 return
-            flags = ["--resume", *glob.glob("runs/*")]
+            killed += 1
+            resume = ["--resume", *glob.glob("runs/*")]
 
     assert_same_run(in_folder("whole", uninterrupted), in_folder("killed", killed))
 
@@ -216,7 +221,7 @@ def test_what_does_not_fit_is_refused(script, run_dir):
     for change, sentence in [
         ({"identity": state["identity"] | {"format": 0}}, "format of this checkpoint is 0, that of this run 1"),
         ({"agent": state["agent"] | {"qf.fc1.weight": weight[:7]}}, "size mismatch for qf.fc1.weight"),
-        ({"count": 500}, "300 of 300 transitions|of 300 transitions"),
+        ({"count": 500}, "100 of 300 transitions are there"),
     ]:
         torch.save(state | change, path)
         refused(script, sentence, resume=run_dir)
@@ -305,6 +310,19 @@ def test_evaluate_repeats_the_last_evaluation(script):
     expected = [(row["episodic_return"], row["episodic_length"]) for row in rows]
     assert re.findall(r"^episode \d: return (\S+), (\d+) steps$", result.stdout, re.M) == expected
     assert len(start(script.__name__, "--evaluate", run_dir, "--eval-episodes", "3").stdout.splitlines()) == 4
+    assert start(script.__name__, "--evaluate", run_dir, "--eval-episodes", "0").stderr.startswith(
+        "--eval-episodes 0: must lie"
+    )
+
+
+def test_a_video_that_cannot_be_written_ends_the_run_in_one_sentence(script, monkeypatch):
+    """A file stands where the folder of the videos should be."""
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    path = script.Logger.path
+    monkeypatch.setattr(
+        script.Logger, "path", lambda self, *names: path(self, *("lock" if n == "videos" else n for n in names))
+    )
+    refused(script, r"cannot write \((Not a directory|File exists)\)", capture_video=True)
 
 
 def test_evaluate_and_resume_refuse_other_folders(script):
