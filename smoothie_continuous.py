@@ -119,7 +119,7 @@ class Args:
     """phi_0, the initial logarithm of the variance of each action dimension, in normalised units (Section 6.2)"""
     log_var_lr: float = 0.3
     """learning rate of phi, by plain gradient ascent, relative to the running size of the values: eta_pi of Algorithm 1"""
-    kl_coef: float = 0.02
+    kl_coef: float = 2e-5
     """weight of the KL penalty, relative to the running size of the values: lambda of (20)"""
     eval_frequency: int = 5_000
     """environment steps between two evaluations of the mean action"""
@@ -613,10 +613,13 @@ class Logger:
 
     def open(self, start):
         """Begin to log after step `start`; what a killed run logged after that is dropped, as it will be logged again."""
-        config = asdict(self.args) | {"resume": None, "provenance": provenance()}
+        config = asdict(self.args) | {"resume": None, "provenance": [provenance()]}
         rows = ["global_step,episode,episodic_return,episodic_length\n"]
         with self.writing():
             if self.args.resume:
+                with open(self.path("config.json")) as file:
+                    before = json.load(file)["provenance"]
+                config["provenance"] = before + [now for now in config["provenance"] if now != before[-1]]
                 with open(self.path("evaluations.csv")) as file:
                     rows += [row for row in list(file)[1:] if int(row.split(",")[0]) <= start]
             replace(self.path("evaluations.csv"), "".join(rows).encode())
@@ -675,7 +678,9 @@ class Logger:
 
 
 class Stop:
-    """While entered, the first Ctrl-C or SIGTERM is kept in `signal` for the loop to see; a second one ends the program."""
+    """While entered, Ctrl-C or SIGTERM is kept in `signal` for the loop to see. A second Ctrl-C ends the program; a second
+    SIGTERM does not, as schedulers send more than one and kill in the end anyway.
+    """
 
     signal = None
 
@@ -686,7 +691,8 @@ class Stop:
 
     def keep(self, number, frame):
         self.signal = signal.Signals(number)
-        self.__exit__()
+        if number == signal.SIGINT:
+            self.__exit__()
 
     def __exit__(self, *_):
         for number, handler in getattr(self, "before", {}).items():

@@ -1,0 +1,136 @@
+"""benchmark.sh on a Slurm of one machine: started here, used, stopped. Not part of `python -m pytest`, as it needs Slurm:
+
+apt-get install slurm-wlm munge
+python -m pytest -n 0 tests/slurm.py
+"""
+
+import filecmp
+import glob
+import os
+import pwd
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import ROOT
+
+CONFIG = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket
+StateSaveLocation={folder}
+SlurmdSpoolDir={folder}/slurmd
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=sched_interval=1
+ReturnToService=2
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2
+PartitionName=small Nodes={host} Default=YES MaxTime=INFINITE
+"""
+# Batches of 16 make an update cheap; a run takes some 30 seconds.
+FLAGS = ["--learning-starts", "200", "--batch-size", "16", "--eval-frequency", "500", "--eval-episodes", "1"]
+SETTINGS = {"ENVS": "Hopper-v4", "SCRIPTS": "smoothie_continuous smoothie_no_kl ddpg_continuous", "SEEDS": "1"}
+SETTINGS |= {"TOTAL_TIMESTEPS": "3000", "PYTHON": sys.executable}
+
+
+def call(*command, **settings):
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | SETTINGS | settings)
+    assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}{result.stderr}"
+    return result.stdout
+
+
+def wait_for(condition, what, seconds=300):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s in vain for {what}"
+        time.sleep(0.2)
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """munged, slurmctld and slurmd of our own, with their files in tmp_path/slurm."""
+    folder = tmp_path / "slurm"
+    (folder / "munge").mkdir(parents=True)
+    for path in (folder, folder / "munge"):
+        path.chmod(0o755)  # munged asks for it
+    key = folder / "munge" / "key"
+    key.write_bytes(os.urandom(64))
+    key.chmod(0o400)
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    host, user = socket.gethostname().split(".")[0], pwd.getpwuid(os.getuid()).pw_name
+    (folder / "slurm.conf").write_text(CONFIG.format(host=host, user=user, folder=folder, ports=ports))
+    monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+    munge = {"socket": "socket", "key-file": "key", "pid-file": "pid", "seed-file": "seed", "log-file": "log"}
+    daemons = [
+        ["munged", "--foreground", "--force", *[f"--{option}={folder}/munge/{name}" for option, name in munge.items()]],
+        ["slurmctld", "-D"],
+        ["slurmd", "-D"],
+    ]
+    processes = []
+    try:
+        for daemon in daemons:
+            processes.append(subprocess.Popen(daemon, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+            wait_for((folder / "munge" / "socket").exists, "munged", 20)
+        wait_for(lambda: "idle" in subprocess.run(["sinfo"], capture_output=True, text=True).stdout, "an idle node", 60)
+        yield
+    finally:
+        subprocess.run(["scancel", "--user", user], capture_output=True)
+        for process in reversed(processes):
+            process.terminate()
+            process.wait()
+
+
+def test_a_job_array_with_interrupted_tasks_equals_the_local_run(slurm, tmp_path):
+    """One task is requeued, one is warned of its time limit; both resume and the results are those of the local run."""
+    benchmark = os.path.join(ROOT, "benchmark.sh")
+    cluster = {"RUNS": str(tmp_path / "cluster")}
+
+    def steps(script):
+        (path,) = glob.glob(f"cluster/runs/*{script}*/evaluations.csv") or [os.devnull]
+        with open(path) as file:
+            return int(("0," + file.read()).splitlines()[-1].split(",")[0].replace("global_step", "0") or 0)
+
+    out = call(benchmark, *FLAGS, "--slurm", "--partition=small", "--time=10", **cluster)
+    job = re.match(r"job array (\d+): 3 cells", out)[1]
+    for task, script, interrupt in [
+        (0, "smoothie_continuous", ["scontrol", "requeue", f"{job}_0"]),
+        (1, "smoothie_no_kl", ["scancel", f"--signal={signal.SIGUSR1.name}", "--batch", f"{job}_1"]),
+    ]:
+        wait_for(lambda script=script: steps(script) >= 1000, f"{script} to be half-way")
+        call(*interrupt)
+        wait_for(lambda task=task: "BeginTime" in call("squeue", "-h", "-j", f"{job}_{task}", "-o", "%r"), "the requeue")
+        assert 1000 <= steps(script) < 3000
+        assert re.search(rf"{script} +1  stopped", call(benchmark, "--status", **cluster))
+        call("scontrol", "update", f"JobId={job}_{task}", "StartTime=now")  # Slurm holds requeued tasks back for two minutes
+    wait_for(lambda: call("squeue", "-h") == "", "the end of all jobs")
+    assert call(benchmark, "--status", **cluster).count(" done ") == 3
+    assert "every cell is finished" in call(benchmark, "--slurm", **cluster)
+    for task in (0, 1):
+        with open(f"cluster/slurm-{job}_{task}.log") as file:
+            assert file.read().count("--resume runs/Hopper-v4__") == 1
+
+    call(benchmark, *FLAGS, RUNS=str(tmp_path / "local"))
+    for script in SETTINGS["SCRIPTS"].split():
+        ours, theirs = [glob.glob(f"{where}/runs/*{script}*/evaluations.csv")[0] for where in ("cluster", "local")]
+        assert filecmp.cmp(ours, theirs, shallow=False), script
+    data = sorted(os.listdir("local/results/data"))
+    assert data and sorted(os.listdir("cluster/results/data")) == data, "the job after the array draws the figures"

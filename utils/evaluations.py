@@ -1,0 +1,78 @@
+"""The evaluations that collect.py gathered, and the statistics that figures.py and table.py make of them."""
+
+import glob
+import json
+import os
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+LABELS = {"smoothie_continuous": "Smoothie", "smoothie_no_kl": "Smoothie without KL", "ddpg_continuous": "DDPG"}
+TASKS = ["Swimmer-v4", "HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4"]
+RESAMPLES = 10_000  # of the bootstrap
+
+
+@dataclass
+class Run:
+    """The run of one cell: config.json, the steps (n,) evaluated and the returns (n,), each the mean over its episodes."""
+
+    config: dict
+    steps: np.ndarray
+    returns: np.ndarray
+
+
+def read_run(csv_path, config_path):
+    """Return the Run that the two files hold, or exit with a sentence."""
+    try:
+        with open(config_path) as file:
+            config = json.load(file)
+        steps, _, returns, _ = np.loadtxt(csv_path, delimiter=",", skiprows=1, ndmin=2, unpack=True)
+        config["env_id"], config["exp_name"], config["seed"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(f"{csv_path}: not the evaluations of a run with its config beside them ({error})")
+    evaluated = np.unique(steps)
+    return Run(config, evaluated.astype(int), np.array([returns[steps == step].mean() for step in evaluated]))
+
+
+def read_data(folder):
+    """Return {task: {script: [Run of each seed, in order]}} of a folder that collect.py wrote, or exit with a sentence."""
+    data = defaultdict(lambda: defaultdict(list))
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.csv"))):
+        run = read_run(path, path[: -len("csv")] + "json")
+        data[run.config["env_id"]][run.config["exp_name"]].append(run)
+    if not data:
+        sys.exit(f"{folder}: there are no evaluations here; python utils/collect.py runs/* --output {folder} puts some there")
+    for scripts in data.values():
+        for runs in scripts.values():
+            runs.sort(key=lambda run: run.config["seed"])
+    return data
+
+
+def together(runs):
+    """Return the steps (n,) that every run has evaluated and the returns (runs, n) there."""
+    steps = sorted(set.intersection(*[set(run.steps.tolist()) for run in runs]))
+    return np.array(steps), np.array([run.returns[np.isin(run.steps, steps)] for run in runs])
+
+
+def interquartile_mean(values, axis=0):
+    """Mean of the middle half, a quarter cut at each end; with fewer than four values nothing is cut (Agarwal et al., 2021)."""
+    return stats.trim_mean(values, 0.25, axis=axis)
+
+
+def interval(*samples, statistic=interquartile_mean):
+    """Return the ends of a 95% percentile bootstrap interval over axis 0, each sample (one or more) resampled by itself.
+
+    nan where a sample has a single value, which tells nothing about its spread.
+    """
+    if min(len(sample) for sample in samples) < 2:
+        return np.full(np.shape(samples[0])[1:], np.nan), np.full(np.shape(samples[0])[1:], np.nan)
+    result = stats.bootstrap(samples, statistic, axis=0, n_resamples=RESAMPLES, batch=500, method="percentile", rng=0)
+    return result.confidence_interval
+
+
+def difference(a, b, axis=0):
+    """Interquartile mean of a minus that of b."""
+    return interquartile_mean(a, axis) - interquartile_mean(b, axis)
