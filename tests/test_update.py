@@ -106,6 +106,8 @@ def differences(script, agent, update, updates=100):
 def new_agent(script):
     torch.manual_seed(0)
     flags = {} if script is ddpg_continuous else {"log_var_init": -1.0}
+    if script is smoothie_continuous:
+        flags["kl_coef"] = 0.02  # large enough to be seen
     return agent_class(script)(OBS_DIM, ACTION_DIM, script.Args(batch_size=BATCH, **flags))
 
 

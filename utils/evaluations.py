@@ -12,7 +12,6 @@ from scipy import stats
 
 LABELS = {"smoothie_continuous": "Smoothie", "smoothie_no_kl": "Smoothie without KL", "ddpg_continuous": "DDPG"}
 TASKS = ["Swimmer-v4", "HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4"]
-RESAMPLES = 10_000  # of the bootstrap
 
 
 @dataclass
@@ -62,14 +61,14 @@ def interquartile_mean(values, axis=0):
     return stats.trim_mean(values, 0.25, axis=axis)
 
 
-def interval(*samples, statistic=interquartile_mean):
+def interval(*samples, statistic=interquartile_mean, resamples=10_000):
     """Return the ends of a 95% percentile bootstrap interval over axis 0, each sample (one or more) resampled by itself.
 
     nan where a sample has a single value, which tells nothing about its spread.
     """
     if min(len(sample) for sample in samples) < 2:
         return np.full(np.shape(samples[0])[1:], np.nan), np.full(np.shape(samples[0])[1:], np.nan)
-    result = stats.bootstrap(samples, statistic, axis=0, n_resamples=RESAMPLES, batch=500, method="percentile", rng=0)
+    result = stats.bootstrap(samples, statistic, axis=0, n_resamples=resamples, batch=500, method="percentile", rng=0)
     return result.confidence_interval
 
 

@@ -44,7 +44,7 @@ def clipped_deviation(returns):
 
 def bootstrapped(returns):
     """Return interquartile mean and the ends of its 95% interval, each (n,), of returns (runs, n)."""
-    return interquartile_mean(returns), *interval(returns)
+    return interquartile_mean(returns), *interval(returns, resamples=2_000)
 
 
 def draw(data, tasks, columns, scripts, curves, thin):
