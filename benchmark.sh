@@ -77,7 +77,7 @@ command_of() {
 }
 
 status() {
-  local env_id script seed folder steps state last first elapsed left
+  local env_id script seed folder steps state last speed left
   printf '%-16s %-20s %4s  %-8s %10s %10s  %s\n' task script seed state steps return "time left"
   for cell in "${cells[@]}"; do
     read -r env_id script seed <<<"$cell"
@@ -92,8 +92,8 @@ status() {
         [[ -f $folder/failed ]] && state=failed
       else
         state=running
-        first=$(stat -c %Y "$folder/config.json") elapsed=$(($(stat -c %Y "$folder/evaluations.csv") - first))
-        ((steps > 0 && elapsed > 0)) && left="$((elapsed * (total_timesteps - steps) / steps / 60)) min"
+        speed=$(grep -oE '[0-9]+ steps/s' "$runs/$(name_of "$env_id" "$script" "$seed").log" | tail -n 1 || true)
+        ((${speed% steps/s})) && left="$(((total_timesteps - steps) / ${speed% steps/s} / 60)) min"
       fi
     fi
     printf '%-16s %-20s %4s  %-8s %10s %10s  %s\n' "$env_id" "$script" "$seed" "$state" "$steps" "$last" "$left"
