@@ -75,6 +75,17 @@ def test_nothing_collected_is_lost():
     assert filecmp.cmp("data/Hopper-v4__ddpg_continuous__1.csv", f"{longer}/evaluations.csv", shallow=False)
 
 
+def test_seeds_with_other_settings_are_not_averaged():
+    for seed in (1, 2):
+        with open(f"{run_folder(f'runs/{seed}', seed=seed)}/config.json", "r+") as file:
+            config = json.load(file) | {"tau": 0.1 * seed, "compile": seed == 1}
+            file.seek(0)
+            json.dump(config, file)
+    assert command("collect", "runs/1", "runs/2", "--output", "data").returncode == 0
+    result = command("table", "data")
+    assert result.returncode == 1 and "the seeds of ddpg_continuous on Hopper-v4 differ in tau (0.1, 0.2)" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "args", "message"),
     [

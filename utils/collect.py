@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 from evaluations import read_run
@@ -18,7 +19,7 @@ from evaluations import read_run
 
 @dataclass
 class Args:
-    run_dirs: tyro.conf.Positional[tuple[str, ...]]
+    run_dirs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN_DIR ...")]
     """run folders, each with its evaluations.csv and config.json"""
     output: str = "results/data"
     """the folder to write to"""

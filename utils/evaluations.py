@@ -12,6 +12,9 @@ from scipy import stats
 
 LABELS = {"smoothie_continuous": "Smoothie", "smoothie_no_kl": "Smoothie without KL", "ddpg_continuous": "DDPG"}
 TASKS = ["Swimmer-v4", "HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4"]
+# Flags in which the seeds of one script may differ without making another experiment of it.
+MAY_DIFFER = {"seed", "total_timesteps", "provenance", "cuda", "compile", "track", "wandb_project_name", "wandb_entity"}
+MAY_DIFFER |= {"checkpoint_frequency", "save_model", "capture_video", "resume", "evaluate", "render"}
 
 
 @dataclass
@@ -44,9 +47,14 @@ def read_data(folder):
         data[run.config["env_id"]][run.config["exp_name"]].append(run)
     if not data:
         sys.exit(f"{folder}: there are no evaluations here; python utils/collect.py runs/* --output {folder} puts some there")
-    for scripts in data.values():
-        for runs in scripts.values():
+    for task, scripts in data.items():
+        for script, runs in scripts.items():
             runs.sort(key=lambda run: run.config["seed"])
+            for key in runs[0].config.keys() - MAY_DIFFER:
+                values = {str(run.config.get(key)) for run in runs}
+                if len(values) > 1:
+                    different = f"differ in {key} ({', '.join(sorted(values))})"
+                    sys.exit(f"{folder}: the seeds of {script} on {task} {different}: keep them apart")
     return data
 
 

@@ -11,6 +11,7 @@ bold line ends where the shortest of its runs does.
 import os
 import sys
 from dataclasses import dataclass
+from typing import Annotated
 
 import matplotlib
 import numpy as np
@@ -30,7 +31,7 @@ FIGURES = {
 
 @dataclass
 class Args:
-    data: tyro.conf.Positional[str]
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
     """the folder that collect.py wrote"""
     output: str = "."
     """the folder to write the pictures to"""

@@ -10,6 +10,7 @@ where seeds are few. Published returns come from utils/published.csv and are aft
 import csv
 import os
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -26,7 +27,7 @@ HEADER = (
 
 @dataclass
 class Args:
-    data: tyro.conf.Positional[str]
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
     """the folder that collect.py wrote"""
 
 
