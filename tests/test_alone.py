@@ -33,7 +33,7 @@ def test_inline_metadata_is_requirements(script):
     metadata = tomllib.loads("".join(line[2:] for line in block.splitlines(keepends=True)))
     with open(os.path.join(ROOT, "requirements.txt")) as file:
         required = [line.strip() for line in file if not line.startswith("#")]
-    tools = ("matplotlib", "pytest")  # of the plots and the tests
+    tools = ("matplotlib", "scipy", "pytest")  # of the plots, the tables and the tests
     assert metadata["dependencies"] == [line for line in required if not line.startswith(tools)]
     assert metadata["requires-python"] == ">=3.11"
 
