@@ -19,6 +19,7 @@ import io
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -59,6 +60,15 @@ class Args:
     """the Markdown file to write; nothing is written unless every contestant has run"""
 
 
+def peak_memory():
+    """Return the most memory that this process has held, in bytes."""
+    try:
+        with open("/proc/self/status") as file:  # on Linux ru_maxrss would count what the parent held before exec, too
+            return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", file.read())[1])
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def paced(env, first, steps):
     """Return env that, at step `first` and every `steps` after it, prints the seconds since it went on and waits for a line."""
     import gymnasium
@@ -69,7 +79,7 @@ def paced(env, first, steps):
         def step(self, action):
             if self.count >= first and (self.count - first) % steps == 0:
                 seconds = time.perf_counter() - self.start
-                memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+                memory = peak_memory()
                 print(json.dumps({"seconds": seconds, "memory": memory}), file=sys.__stdout__, flush=True)
                 if not sys.stdin.readline():
                     os._exit(0)  # the benchmark is over
