@@ -8,20 +8,22 @@
 #   ./benchmark.sh --compile --slurm --partition=cpu --time=24:00:00
 #                                                    the same cells as a Slurm job array; what follows --slurm goes to sbatch
 #   ./benchmark.sh --dry-run                         print the commands; before --slurm, that of sbatch
-#   ./benchmark.sh --status                          one line a cell: state, steps, last return, time left
+#   ./benchmark.sh --status                          cells done, running, failed and waiting, last returns, time left
 #   ./benchmark.sh --figures                         figures and table of what is there
 #
 # Folders of the runs lie in $RUNS (default benchmark_runs), settings of tasks and scripts in benchmark_settings.txt.
 set -euo pipefail
-cd "$(dirname "$0")"
-
-read -ra envs <<<"${ENVS:-Swimmer-v4 HalfCheetah-v4 Hopper-v4 Walker2d-v4 Ant-v4 Humanoid-v4}"
-read -ra scripts <<<"${SCRIPTS:-smoothie_continuous smoothie_no_kl ddpg_continuous}"
-read -ra seeds <<<"${SEEDS:-1 2 3 4 5 6}"
-total_timesteps=${TOTAL_TIMESTEPS:-1000000}
-runs=$(realpath -m "${RUNS:-benchmark_runs}")
-workers=${WORKERS:-$(nproc)}
+root=$(realpath "$(dirname "$0")")
+runs=$(realpath -m "${RUNS:-$root/benchmark_runs}")
 python=$(command -v "${PYTHON:-python}") || { echo "${PYTHON:-python}: not found; PYTHON names the interpreter" >&2; exit 2; }
+[[ $python == /* ]] || python=$PWD/$python
+cd "$root"
+
+read -rd '' -a envs <<<"${ENVS:-Swimmer-v4 HalfCheetah-v4 Hopper-v4 Walker2d-v4 Ant-v4 Humanoid-v4}" || true
+read -rd '' -a scripts <<<"${SCRIPTS:-smoothie_continuous smoothie_no_kl ddpg_continuous}" || true
+read -rd '' -a seeds <<<"${SEEDS:-1 2 3 4 5 6}" || true
+total_timesteps=${TOTAL_TIMESTEPS:-1000000}
+workers=${WORKERS:-$(nproc)}
 
 mode=run dry='' extra=() sbatch_options=()
 while (($#)); do
@@ -29,6 +31,9 @@ while (($#)); do
     --dry-run) dry=1 ;;
     --status | --figures | --cell) mode=${1#--} ;; # --cell is what the tasks of the job array call
     --slurm) mode=slurm sbatch_options=("${@:2}") && break ;;
+    -h | --help) awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' benchmark.sh && exit ;;
+    --exp[-_]name* | --env[-_]id* | --seed* | --total[-_]timesteps* | --resume* | --evaluate*)
+      echo "$1: a cell has its own; SCRIPTS, ENVS, SEEDS and TOTAL_TIMESTEPS choose the cells" >&2 && exit 2 ;;
     *) extra+=("$1") ;;
   esac
   shift
@@ -37,8 +42,9 @@ for script in "${scripts[@]}"; do
   [[ -f $script.py ]] || { echo "SCRIPTS: there is no $script.py; smoothie_continuous, smoothie_no_kl, ddpg_continuous are" >&2; exit 2; }
 done
 for number in "${seeds[@]}" "$total_timesteps" "$workers"; do
-  [[ $number =~ ^[0-9]+$ ]] || { echo "SEEDS, TOTAL_TIMESTEPS and WORKERS are whole numbers, not $number" >&2; exit 2; }
+  [[ $number =~ ^(0|[1-9][0-9]*)$ ]] || { echo "SEEDS, TOTAL_TIMESTEPS and WORKERS are whole numbers, not $number" >&2; exit 2; }
 done
+((workers && total_timesteps)) || { echo "TOTAL_TIMESTEPS and WORKERS are at least 1" >&2; exit 2; }
 
 cells=()
 for env_id in "${envs[@]}"; do
@@ -76,28 +82,55 @@ command_of() {
   fi
 }
 
+# The mean return of the last evaluation in a run folder.
+last_return() {
+  [[ -f $1/evaluations.csv ]] || { echo - && return; }
+  awk -F, 'NR > 1 { if ($1 != step) { step = $1; sum = n = 0 } sum += $3; n++ } END { if (n) printf "%.0f", sum / n; else printf "-" }' "$1/evaluations.csv"
+}
+
+# One line a task and script, then what failed and the whole.
 status() {
-  local env_id script seed folder steps state last speed left
-  printf '%-16s %-20s %4s  %-8s %10s %10s  %s\n' task script seed state steps return "time left"
-  for cell in "${cells[@]}"; do
-    read -r env_id script seed <<<"$cell"
-    folder=$(folder_of "$env_id" "$script" "$seed") state=waiting steps=0 last=- left=-
-    if [[ -n $folder ]]; then
-      steps=$(steps_of "$folder")
-      last=$(awk -F, 'NR > 1 { if ($1 != step) { step = $1; sum = n = 0 } sum += $3; n++ } END { if (n) printf "%.1f", sum / n }' "$folder/evaluations.csv")
-      if ((steps >= total_timesteps)); then
-        state='done'
-      elif flock --nonblock "$folder/lock" true; then
-        state=stopped
-        [[ -f $folder/failed ]] && state=failed
-      else
-        state=running
-        speed=$(grep -oE '[0-9]+ steps/s' "$runs/$(name_of "$env_id" "$script" "$seed").log" | tail -n 1 || true)
-        ((${speed% steps/s})) && left="$(((total_timesteps - steps) / ${speed% steps/s} / 60)) min"
-      fi
-    fi
-    printf '%-16s %-20s %4s  %-8s %10s %10s  %s\n' "$env_id" "$script" "$seed" "$state" "$steps" "$last" "$left"
+  local env_id script seed name folder steps speed left total_speed=0 total_left=0
+  local -A n=() all=([done]=0 [running]=0 [failed]=0 [waiting]=0)
+  local state returns failures=''
+  printf '%-15s %-20s %5s %8s %7s %8s %9s  %s\n' task script 'done' running failed waiting 'time left' 'last return of each seed'
+  for env_id in "${envs[@]}"; do
+    for script in "${scripts[@]}"; do
+      n=([done]=0 [running]=0 [failed]=0 [waiting]=0) returns='' left=-
+      for seed in "${seeds[@]}"; do
+        name=$(name_of "$env_id" "$script" "$seed") folder=$(folder_of "$env_id" "$script" "$seed") state=waiting
+        steps=$(steps_of "$folder")
+        if ((steps >= total_timesteps)); then
+          state='done'
+        elif is_running "$runs/$name.log"; then
+          state=running left=${left/-/?}
+          speed=$({ grep -oE '[0-9]+ steps/s' "$runs/$name.log" || echo 0; } | tail -n 1)
+          speed=${speed% steps/s} total_speed=$((total_speed + speed))
+          ((speed)) && left=$(hours $(((total_timesteps - steps) / speed)))
+        elif [[ -f $runs/$name.failed ]]; then
+          state=failed failures+="failed: $(<"$runs/$name.failed")"$'\n'
+        fi
+        ((steps >= total_timesteps)) || total_left=$((total_left + total_timesteps - steps))
+        n[$state]=$((n[$state] + 1)) all[$state]=$((all[$state] + 1))
+        returns+=" $(last_return "$folder")"
+      done
+      printf '%-15s %-20s %5s %8s %7s %8s %9s %s\n' "$env_id" "$script" "${n[done]}" "${n[running]}" "${n[failed]}" "${n[waiting]}" "$left" "$returns"
+    done
   done
+  printf '%s' "$failures"
+  left=''
+  ((total_speed)) && left="; some $(hours $((total_left / total_speed))) left at their speed"
+  echo "${#cells[@]} cells: ${all[done]} done, ${all[failed]} failed, ${all[waiting]} waiting, ${all[running]} running$left"
+}
+
+# Seconds as hours, with one decimal.
+hours() { printf '%d.%d h' $(($1 / 3600)) $(($1 % 3600 / 360)); }
+
+# Whether the log of a cell is locked, as it is while the cell trains.
+is_running() {
+  local code=0
+  [[ -f $1 ]] && { flock --nonblock --conflict-exit-code 75 "$1" true || code=$?; }
+  ((code == 75))
 }
 
 # Train or resume one cell, with the command prefix in `pin`, and return its exit code. SIGTERM makes the run write a checkpoint
@@ -108,36 +141,35 @@ stop() {
   [[ -z $pid ]] || kill -TERM "$pid" 2>/dev/null || true
 }
 run_cell() {
-  local log folder lock code=0
-  command_of "$@"
-  ((${#command[@]})) || { echo "$*: finished before" && return; }
-  log=$runs/$(name_of "$@").log
+  local name log lock steps code=0
+  name=$(name_of "$@") log=$runs/$name.log
   exec {lock}>>"$log"
-  flock --nonblock "$lock" || { echo "$*: is running already" && return; }
+  flock --nonblock --conflict-exit-code 75 "$lock" || code=$?
+  ((code != 75)) || { echo "$*: is running already" && return; }
+  ((code == 0)) || { echo "$*: $log cannot be locked; RUNS must lie on a file system that has flock" >&2 && return "$code"; }
+  command_of "$@"
+  ((${#command[@]})) || { exec {lock}>&- && echo "$*: finished before" && return; }
+  rm -f "$runs/$name.failed"
   echo "$*: ${command[*]:2}"
   (cd "$runs" && OMP_NUM_THREADS=1 exec setsid "${pin[@]}" "${command[@]}") >>"$log" 2>&1 &
   pid=$!
   [[ -z $stopped ]] || stop # the signal came before there was a pid
-  wait "$pid" || code=$?
-  while kill -0 "$pid" 2>/dev/null; do code=0 && wait "$pid" || code=$?; done # a trapped signal ends the first wait
+  { wait "$pid" || code=$?; } 2>/dev/null
+  while kill -0 "$pid" 2>/dev/null; do code=0 && { wait "$pid" || code=$?; } 2>/dev/null; done # a trapped signal ends the first wait
   pid=''
   exec {lock}>&-
-  folder=$(folder_of "$@")
-  [[ -n $folder ]] && rm -f "$folder/failed"
-  if ((code == 0)); then
-    echo "$*: done"
-  elif ((code != 143)); then
-    echo "$*: $(tail -n 1 "$log")" >&2
-    [[ -n $folder ]] && touch "$folder/failed"
-  fi
-  return "$code"
+  steps=$(steps_of "$(folder_of "$@")")
+  ((code || steps < total_timesteps)) || { echo "$*: done" && return; }
+  ((code == 143)) && [[ -n $stopped ]] && return 143
+  echo "$*: exit code $code after $steps steps: $(tail -n 1 "$log")" | tee "$runs/$name.failed" >&2
+  return $((code ? code : 1))
 }
 
 # One cell after the other on one core, until none is unclaimed.
 worker() {
   local core=$1 cell
   command -v taskset >/dev/null && pin=(taskset -c "$core")
-  trap stop TERM
+  trap stop TERM HUP
   for cell in "${cells[@]}"; do
     [[ -z $stopped ]] || exit 143
     mkdir "$claims/${cell//\//-}" 2>/dev/null || continue
@@ -155,14 +187,15 @@ figures() {
     [[ -n $folder ]] && (($(steps_of "$folder"))) && folders+=("$folder")
   done
   ((${#folders[@]})) || { echo "no cell of these has been evaluated yet in $runs/runs" >&2 && return 1; }
-  "$python" utils/collect.py "${folders[@]}" --output "$runs/results/data"
-  "$python" utils/figures.py "$runs/results/data" --output "$runs/results"
-  "$python" utils/table.py "$runs/results/data" >"$runs/results/table.md"
+  "$python" utils/collect.py "${folders[@]}" --output "$runs/results/data" &&
+    "$python" utils/figures.py "$runs/results/data" --output "$runs/results" &&
+    "$python" utils/table.py "$runs/results/data" >"$runs/results/table.md.new" &&
+    mv "$runs/results/table.md.new" "$runs/results/table.md"
 }
 
 case $mode in
-  status) status && exit ;;
-  figures) figures && exit ;;
+  status) status; exit ;;
+  figures) figures; exit ;;
   cell) # a task of the job array, which Slurm stops with SIGTERM and, before its time limit, warns with SIGUSR1
     # shellcheck disable=SC2086
     set -- ${cells[SLURM_ARRAY_TASK_ID]}
@@ -210,7 +243,7 @@ mkdir -p "$runs/runs"
 claims=$(mktemp -d)
 trap 'rm -rf "$claims" "$claims.failed"' EXIT
 children=()
-trap 'echo "stopping: every run writes a checkpoint" >&2; kill -TERM "${children[@]}" 2>/dev/null || true; wait; exit 130' INT TERM
+trap 'kill -TERM "${children[@]}" 2>/dev/null || true; echo "stopping: every run writes a checkpoint" >&2 || true; wait; exit 130' INT TERM HUP
 mapfile -t cores < <(taskset -cp $$ 2>/dev/null | grep -oE '[0-9,-]+$' | tr , '\n' | awk -F- '{ for (i = $1; i <= ($2 == "" ? $1 : $2); i++) print i }')
 ((${#cores[@]})) || cores=(0)
 for ((i = 0; i < workers; i++)); do
@@ -218,9 +251,11 @@ for ((i = 0; i < workers; i++)); do
   children+=($!)
 done
 wait
-figures || true
+code=0
+figures || code=1
 if [[ -s $claims.failed ]]; then
   echo "failed:" >&2
   cat "$claims.failed" >&2
-  exit 1
+  code=1
 fi
+exit "$code"

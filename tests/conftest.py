@@ -1,4 +1,5 @@
 import os
+import time
 
 import pytest
 import torch
@@ -15,6 +16,13 @@ SCRIPTS = [smoothie_continuous, smoothie_no_kl, ddpg_continuous]
 
 def agent_class(script):
     return script.DDPG if script is ddpg_continuous else script.Smoothie
+
+
+def wait_for(condition, what, seconds=300):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s in vain for {what}"
+        time.sleep(0.1)
 
 
 def pytest_generate_tests(metafunc):

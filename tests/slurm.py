@@ -13,11 +13,10 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, wait_for
 
 CONFIG = """
 ClusterName=test
@@ -53,13 +52,6 @@ def call(*command, **settings):
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | SETTINGS | settings)
     assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}{result.stderr}"
     return result.stdout
-
-
-def wait_for(condition, what, seconds=300):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"waited {seconds} s in vain for {what}"
-        time.sleep(0.2)
 
 
 @pytest.fixture
@@ -118,10 +110,10 @@ def test_a_job_array_with_interrupted_tasks_equals_the_local_run(slurm, tmp_path
         call(*interrupt)
         wait_for(lambda task=task: "BeginTime" in call("squeue", "-h", "-j", f"{job}_{task}", "-o", "%r"), "the requeue")
         assert 1000 <= steps(script) < 3000
-        assert re.search(rf"{script} +1  stopped", call(benchmark, "--status", **cluster))
+        assert re.search(rf"{script} +0 +0 +0 +1 .*\d$", call(benchmark, "--status", **cluster), re.M)  # waiting, with a return
         call("scontrol", "update", f"JobId={job}_{task}", "StartTime=now")  # Slurm holds requeued tasks back for two minutes
     wait_for(lambda: call("squeue", "-h") == "", "the end of all jobs")
-    assert call(benchmark, "--status", **cluster).count(" done ") == 3
+    assert "3 cells: 3 done" in call(benchmark, "--status", **cluster)
     assert "every cell is finished" in call(benchmark, "--slurm", **cluster)
     for task in (0, 1):
         with open(f"cluster/slurm-{job}_{task}.log") as file:
