@@ -4,6 +4,7 @@ import filecmp
 import glob
 import json
 import os
+import resource
 import subprocess
 import sys
 
@@ -18,8 +19,9 @@ from tests.conftest import ROOT
 DATA = os.path.join(ROOT, "results", "data")
 
 
-def command(name, *args):
-    return subprocess.run([sys.executable, os.path.join(ROOT, "utils", name + ".py"), *args], capture_output=True, text=True)
+def command(name, *args, **kwargs):
+    words = [sys.executable, os.path.join(ROOT, "utils", name + ".py"), *args]
+    return subprocess.run(words, capture_output=True, text=True, **kwargs)
 
 
 def run_folder(folder, script="ddpg_continuous", seed=1, returns=((100.0, 300.0), (400.0, 600.0)), env_id="Hopper-v4"):
@@ -73,6 +75,16 @@ def test_nothing_collected_is_lost():
         result = command("collect", refused, "--output", "data")
         assert result.returncode == 1 and "holds other evaluations" in result.stderr
     assert filecmp.cmp("data/Hopper-v4__ddpg_continuous__1.csv", f"{longer}/evaluations.csv", shallow=False)
+    run_folder("runs/longest", returns=((100.0, 300.0), (400.0, 600.0), (7.0, 8.0), *[(9.0, 9.0)] * 99))
+    full = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))}  # as a disk that is full
+    for path in ("data", "data/Hopper-v4__ddpg_continuous__1.csv"):
+        result = command("collect", "runs/longest", "--output", path, **full)
+        assert (
+            result.returncode == 1 and result.stderr.startswith(f"{path}: cannot be written") and result.stderr.count("\n") == 1
+        )
+    assert filecmp.cmp("data/Hopper-v4__ddpg_continuous__1.csv", f"{longer}/evaluations.csv", shallow=False)
+    result = command("figures", "data", "--output", "data/Hopper-v4__ddpg_continuous__1.csv")
+    assert result.returncode == 1 and "cannot be written" in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_seeds_with_other_settings_are_not_averaged():
@@ -84,18 +96,23 @@ def test_seeds_with_other_settings_are_not_averaged():
     assert command("collect", "runs/1", "runs/2", "--output", "data").returncode == 0
     result = command("table", "data")
     assert result.returncode == 1 and "the seeds of ddpg_continuous on Hopper-v4 differ in tau (0.1, 0.2)" in result.stderr
+    with open("data/Hopper-v4__ddpg_continuous__1.json", "w") as file:  # as of a version that had no such flag yet
+        json.dump({key: value for key, value in config.items() if key != "tau"} | {"seed": 1}, file)
+    assert "differ in tau (0.2, None)" in command("table", "data").stderr
 
 
 @pytest.mark.parametrize(
     ("name", "args", "message"),
     [
         ("collect", ["nowhere"], "nowhere/evaluations.csv: not the evaluations of a run"),
+        ("collect", ["begun"], "begun/evaluations.csv: not the evaluations of a run"),
         ("collect", [], "no run folders were named"),
         ("figures", ["nowhere"], "nowhere: there are no evaluations here"),
         ("table", ["nowhere"], "nowhere: there are no evaluations here"),
     ],
 )
 def test_bad_input_gets_one_sentence(name, args, message):
+    run_folder("begun", returns=())
     result = command(name, *args)
     assert result.returncode == 1 and result.stderr.startswith(message) and result.stderr.count("\n") == 1
     assert command(name, "--help").returncode == 0

@@ -36,15 +36,21 @@ def main(args):
         if name in cells:
             sys.exit(f"{cells[name][0]} and {paths[0]} are of one cell, {name}: name one of them")
         cells[name] = paths
-    os.makedirs(args.output, exist_ok=True)
-    for name, (evaluations, config) in cells.items():
+    for name, (evaluations, _) in cells.items():
         there = os.path.join(args.output, name + ".csv")
         if os.path.exists(there):
             with open(there) as before, open(evaluations) as now:
                 if not now.read().startswith(before.read()):
                     sys.exit(f"{there}: holds other evaluations than {evaluations} begins with; move it away first")
-        shutil.copyfile(config, os.path.join(args.output, name + ".json"))
-        shutil.copyfile(evaluations, there)
+    try:
+        os.makedirs(args.output, exist_ok=True)
+        for name, paths in cells.items():
+            for path, suffix in zip(paths, (".csv", ".json"), strict=True):
+                there = os.path.join(args.output, name + suffix)
+                shutil.copyfile(path, there + ".new")
+                os.replace(there + ".new", there)
+    except OSError as error:
+        sys.exit(f"{args.output}: cannot be written ({error}); what was there before is whole")
     print(f"{args.output}: {len(cells)} cells", file=sys.stderr)
 
 

@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import sys
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -31,7 +32,9 @@ def read_run(csv_path, config_path):
     try:
         with open(config_path) as file:
             config = json.load(file)
-        steps, _, returns, _ = np.loadtxt(csv_path, delimiter=",", skiprows=1, ndmin=2, unpack=True)
+        with warnings.catch_warnings(action="ignore"):  # no evaluation yet: the next line says so
+            rows = np.loadtxt(csv_path, delimiter=",", skiprows=1, ndmin=2)
+        steps, _, returns, _ = rows.T
         config["env_id"], config["exp_name"], config["seed"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         sys.exit(f"{csv_path}: not the evaluations of a run with its config beside them ({error})")
@@ -50,7 +53,7 @@ def read_data(folder):
     for task, scripts in data.items():
         for script, runs in scripts.items():
             runs.sort(key=lambda run: run.config["seed"])
-            for key in runs[0].config.keys() - MAY_DIFFER:
+            for key in set().union(*[run.config for run in runs]) - MAY_DIFFER:
                 values = {str(run.config.get(key)) for run in runs}
                 if len(values) > 1:
                     different = f"differ in {key} ({', '.join(sorted(values))})"

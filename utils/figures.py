@@ -79,12 +79,16 @@ def draw(data, tasks, columns, scripts, curves, thin):
 
 def main(args):
     data = read_data(args.data)
-    os.makedirs(args.output, exist_ok=True)
     for name, panels in FIGURES.items():
         for suffix, curves in [("", clipped_deviation), ("_iqm", bootstrapped)]:
             path = os.path.join(args.output, name + suffix + ".png")
-            draw(data, *panels, curves, thin=bool(suffix)).savefig(path, dpi=110)
-            plt.close()
+            figure = draw(data, *panels, curves, thin=bool(suffix))
+            try:
+                os.makedirs(args.output, exist_ok=True)
+                figure.savefig(path, dpi=110)
+            except OSError as error:
+                sys.exit(f"{path}: cannot be written ({error})")
+            plt.close(figure)
             print(path, file=sys.stderr)
 
 
