@@ -605,7 +605,7 @@ class Logger:
                     before = json.load(file)["provenance"]
                 config["provenance"] = before + [now for now in config["provenance"] if now != before[-1]]
                 with open(self.path("evaluations.csv")) as file:
-                    rows += [row for row in list(file)[1:] if int(row.split(",")[0]) <= start]
+                    rows += [row for row in list(file)[1:] if row.endswith("\n") and int(row.split(",")[0]) <= start]
             replace(self.path("evaluations.csv"), "".join(rows).encode())
             replace(self.path("config.json"), json.dumps(config, indent=2).encode())
             os.makedirs(self.path("checkpoint"), exist_ok=True)
@@ -733,7 +733,7 @@ def train(args):
             noise.state = state["noise"].numpy()
             rng.bit_generator.state = json.loads(state["rng"])
             torch.set_rng_state(state["torch_rng"])
-            if device.type == "cuda":
+            if device.type == "cuda" and state["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(state["cuda_rng"])
         except (KeyError, RuntimeError, TypeError, ValueError, OSError) as error:
             sys.exit(f"--resume {args.resume}: this checkpoint does not fit or is not whole: {' '.join(str(error).split())}")

@@ -145,10 +145,13 @@ def test_a_wrapped_buffer_and_a_longer_run(script):
     args = ARGS | {"buffer_size": 110}
     whole = in_folder("whole", lambda: script.train(script.Args(**args)))
     parts = in_folder("parts", lambda: script.train(script.Args(**args | {"total_timesteps": 200})))
+    with open(f"{parts}/evaluations.csv", "a") as file:
+        file.write("2")  # of a row that a full disk cut off
     os.chdir("parts")
     returns = script.train(script.Args(**args, resume=os.path.relpath(parts, "parts")))
     os.chdir("..")
     assert len(returns) == 4
+    assert filecmp.cmp(f"{whole}/evaluations.csv", f"{parts}/evaluations.csv", shallow=False)
     state, other = (torch.load(f"{folder}/checkpoint/state.pt", weights_only=True) for folder in (whole, parts))
     assert_same(state, other)
     on_disk = sum(os.path.getsize(path) for path in glob.glob(f"{whole}/checkpoint/rows_*"))
