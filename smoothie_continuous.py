@@ -12,7 +12,7 @@ covariance of the policy pi(.|s) = N(mu_theta(s), Sigma_phi), so neither update 
     max O_TR = O - lambda E_s[ KL(pi || pi_old) ]                                                               (20)
 
 Q~ is learned from replayed (s, a~, r, s'): a phantom action a ~ N(a~, Sigma) is regressed on r + gamma Q~'(s', mu'(s')),
-whose average over the buffer is the smoothed Bellman equation                                            (12), (18)
+whose average is the smoothed Bellman equation where the buffer is near-uniform in a~ (Section 4.2)       (12), (18)
 
     theta        actor.parameters()     theta', phi', w'   target_actor, target_qf (Polyak averages at rate tau)
     phi          actor.log_var          mu_theta(s)        actor(observations)
