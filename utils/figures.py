@@ -51,27 +51,31 @@ def bootstrapped(returns):
 def draw(data, tasks, columns, scripts, curves, thin):
     """Return the figure: a panel a task, a line and a band a script, every seed thin where asked for."""
     rows = len(tasks) // columns
-    figure, axes = plt.subplots(rows, columns, figsize=(10, 0.6 + 2.6 * rows), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(10, 0.9 + 2.6 * rows), layout="constrained", squeeze=False)
+    lines = {}
     for task, axis in zip(tasks, axes.flat, strict=True):
+        seeds = []
         for script in scripts:
             if not (runs := data.get(task, {}).get(script)):
                 continue
             steps, returns = together(runs)
             middle, lower, upper = curves(returns)
             color = COLORS[script]
-            label = f"{LABELS[script]}, {len(runs)} seed{'s' if len(runs) > 1 else ''}"
             axis.fill_between(steps / 1e6, lower, upper, color=color, alpha=0.18, linewidth=0)
-            axis.plot(steps / 1e6, middle, color=color, linewidth=2, label=label)
+            (lines[LABELS[script]],) = axis.plot(steps / 1e6, middle, color=color, linewidth=2)
+            seeds.append(len(runs))
             for run in runs if thin else ():
                 axis.plot(run.steps / 1e6, run.returns, color=color, linewidth=0.6, alpha=0.55)
-        axis.set_title(task, fontsize=11)
-        if axis.lines:
-            axis.legend(frameon=False, fontsize=8, loc="upper left")
+        if seeds:
+            low, high = min(seeds), max(seeds)
+            axis.set_title(f"{task} (seeds: {low if low == high else f'{low} to {high}'})", fontsize=11)
             axis.set_xlim(0, None)
             axis.grid(alpha=0.25)
         else:
+            axis.set_title(task, fontsize=11)
             axis.text(0.5, 0.5, "not measured yet", ha="center", va="center", transform=axis.transAxes, color="0.5")
             axis.set(xticks=[], yticks=[])
+    figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=len(scripts), frameon=False, fontsize=11)
     figure.supxlabel("million environment steps", fontsize=10)
     figure.supylabel("return of the mean action", fontsize=10)
     return figure
