@@ -867,7 +867,7 @@ def watch(args):
 
 def command_line():
     """Return the flags; with --resume and --evaluate those that are not given are as in that run."""
-    args = tyro.cli(Args)
+    args = tyro.cli(Args, description=__doc__.splitlines()[0])
     if folder := args.resume or args.evaluate:
         try:
             with open(os.path.join(folder, "config.json")) as file:
