@@ -11,7 +11,8 @@
 #   ./benchmark.sh --status                          cells done, running, failed and waiting, last returns, time left
 #   ./benchmark.sh --figures                         figures and table of what is there
 #
-# Folders of the runs lie in $RUNS (default benchmark_runs), settings of tasks and scripts in benchmark_settings.txt.
+# The variables choose the cells for --status and --figures, too. Folders of the runs lie in $RUNS (default benchmark_runs),
+# settings of tasks and scripts in benchmark_settings.txt. PYTHON names the interpreter.
 set -euo pipefail
 root=$(realpath "$(dirname "$0")")
 runs=$(realpath -m "${RUNS:-$root/benchmark_runs}")

@@ -3,14 +3,14 @@
 Every contestant trains in a process of its own, pinned to the same cores: one environment, one update a step, networks of
 400 and 300 units, a million transitions of replay. All of them start and warm up (random steps, compilation); then they take
 turns, each running `--steps` environment steps while the others wait, `--repetitions` times. The scripts run as they are,
-with logging, progress bar, divergence guard and evaluation on; like its peers' loops, their windows hold no evaluation.
+with logging and divergence guard on; like its peers' loops, their windows hold no evaluation.
 
 The floor replays the matrix products of one update of smoothie_continuous.py, recorded from the script itself, and steps the
 environment with random actions: nothing that does this work with the same matrix library can be faster.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/speed.py --env-id Walker2d-v4 --output benchmarks/speed.md
-    python benchmarks/speed.py --sweep --output benchmarks/cost.md
+    python benchmarks/speed.py --sweep --repetitions 3 --steps 200 --output benchmarks/cost.md
 """
 
 import contextlib
