@@ -70,7 +70,7 @@ except ImportError:  # Windows: two runs in one folder are not noticed there
 LOG_FREQUENCY = 100  # environment steps between two records of the losses, each also a check that training is sane
 EVAL_SEED_OFFSET = 10_000  # evaluation episodes start from another seed than training
 CHECKPOINT_FORMAT = 1  # raised when a checkpoint of before can no longer be read
-MAX_STD = 10.0  # a policy this wide, in half-ranges of the action, only ever acts at the bounds: the covariance has blown up
+MAX_STD = 1.0  # half an action's range: of a wider policy the environment sees mostly the bounds, and nothing narrows it
 
 
 @dataclass
@@ -393,6 +393,7 @@ class Smoothie(nn.Module):
         self.actor_optimizer.step(theta_grads)
         with torch.no_grad():
             log_var -= self.args.log_var_lr / self.value_scale * phi_grad
+            log_var.clamp_(max=2 * math.log(MAX_STD))
         return {"losses/actor_loss": loss.detach(), "losses/hessian": hessian.mean()}
 
     def update_critic(self, observations, actions, rewards, next_observations, terminated):
@@ -777,7 +778,7 @@ def train(args):
         """Exit if training has diverged."""
         values = values | {"a network weight": sum(p.detach().sum() for p in agent.params).item()}
         for key, value in values.items():
-            if not math.isfinite(value) or (key.startswith("policy/std") and value > MAX_STD):
+            if not math.isfinite(value):
                 sys.exit(
                     f"step {step}: {key} is {value:g}, training has diverged; "
                     "a lower --q-lr, --log-var-lr or --reward-scale usually helps"

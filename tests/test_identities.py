@@ -157,6 +157,23 @@ def test_update_policy_follows_algorithm_1(float64):
     assert (expected_phi - phi).abs().min() > 1e-4
 
 
+def test_sigma_stops_at_half_the_range_and_comes_back(float64, smoothie, monkeypatch):
+    """Where the values are convex phi grows up to 0 and no further; once they are concave it falls as if never held."""
+    agent = smoothie.Smoothie(OBS_DIM, ACTION_DIM, smoothie.Args(log_var_lr=0.1))
+    observations, phi = torch.randn(BATCH, OBS_DIM), agent.actor.log_var
+
+    def learn(curvature):
+        hessian = torch.full((BATCH, ACTION_DIM), curvature)
+        monkeypatch.setattr(agent.qf, "action_derivatives", lambda *_: (torch.zeros_like(hessian), hessian))
+        agent.update_policy(observations)
+
+    for _ in range(100):
+        learn(5.0)
+    assert (phi == 0).all()
+    learn(-5.0)
+    torch.testing.assert_close(phi.detach(), torch.full_like(phi, -0.25), rtol=0, atol=1e-3)
+
+
 def test_critic_converges_to_the_convolution(smoothie):
     """One step, actions uniform over a wide range: fitting on phantom actions gives (9), known for sin(2a), not sin(2a)."""
     torch.manual_seed(0)
