@@ -142,7 +142,7 @@ stop() {
   [[ -z $pid ]] || kill -TERM "$pid" 2>/dev/null || true
 }
 run_cell() {
-  local name log lock steps code=0
+  local name log lock steps sentence code=0
   name=$(name_of "$@") log=$runs/$name.log
   exec {lock}>>"$log"
   flock --nonblock --conflict-exit-code 75 "$lock" || code=$?
@@ -162,7 +162,8 @@ run_cell() {
   steps=$(steps_of "$(folder_of "$@")")
   ((code || steps < total_timesteps)) || { echo "$*: done" && return; }
   ((code == 143)) && [[ -n $stopped ]] && return 143
-  echo "$*: exit code $code after $steps steps: $(tail -n 1 "$log")" | tee "$runs/$name.failed" >&2
+  sentence=$(grep '[[:alpha:]]' "$log" | grep -ve '--help' | tail -n 1 | sed 's/^│ *//; s/ *│$//') || true # flags are refused in a box
+  echo "$*: exit code $code after $steps steps: $sentence" | tee "$runs/$name.failed" >&2
   return $((code ? code : 1))
 }
 

@@ -117,7 +117,8 @@ def test_a_cell_is_never_run_twice_at_once_and_has_failed_if_another_stopped_it(
 
 def test_a_run_that_never_began_has_failed():
     result = benchmark("--no-such-flag")
-    assert result.returncode == 1 and result.stderr.count("exit code 2 after 0 steps") == 2
+    message = "ddpg_continuous 1: exit code 2 after 0 steps: Unrecognized options: --no-such-flag\n"
+    assert result.returncode == 1 and message in result.stderr
     assert set(states().values()) == {FAILED}
     assert "2 cells: 0 done, 2 failed, 0 waiting, 0 running" in benchmark("--status").stdout
 
