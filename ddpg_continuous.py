@@ -1,6 +1,6 @@
 """DDPG: learn a deterministic policy from a Q-function (Lillicrap et al., ICLR 2016), the baseline of the Smoothie paper.
 
-The gradient of the critic in the action is the gradient of the expected return in the policy's output:
+The gradient of the critic in the action gives the gradient of the expected return in the policy:
 
     grad_theta O = E_s[ dQ/da  at a = mu(s), times grad_theta mu(s) ]                                            (6)
 
@@ -8,149 +8,97 @@ Q is learned from replayed (s, a, r, s') with targets r + gamma Q'(s', mu'(s')):
 
     theta        actor.parameters()     theta', w'         target_actor, target_qf (Polyak averages at rate tau)
     w            qf.parameters()        mu_theta(s)        actor(observations)
-                                        dQ/da              qf.action_derivatives(observations, actions)
-
-Equation numbers are those of the Smoothie paper (Nachum et al., ICML 2018). Exploration is an Ornstein-Uhlenbeck process.
+                                        dQ/da              qf.action_gradient(observations, actions)
 Actions are in normalised units everywhere but inside the environment: 1 is half the range of that dimension.
+Equation numbers are those of the Smoothie paper (Nachum et al., ICML 2018). Exploration is an Ornstein-Uhlenbeck process.
 """
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "torch==2.13.0",
-#     "gymnasium[mujoco]==1.4.0",
-#     "mujoco==3.3.7",
-#     "numpy==2.4.6",
-#     "tyro==1.0.17",
-#     "tensorboard==2.21.0",
-#     "tqdm==4.70.1",
-#     "wandb==0.31.0",
-#     "imageio-ffmpeg==0.8.1",
-# ]
+# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==3.3.7", "numpy==2.4.6", "tyro==1.0.17",
+#     "tensorboard==2.21.0", "tqdm==4.70.1", "wandb==0.31.0", "imageio-ffmpeg==0.8.1"]
 # ///
 
-import contextlib
-import csv
+import copy
+import hashlib
 import importlib.metadata
 import io
-import itertools
 import json
 import math
-import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import gymnasium as gym
+import imageio
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 import tyro
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows: two runs in one folder are not noticed there
-    fcntl = None
-
-LOG_FREQUENCY = 100  # environment steps between two records of the losses, each also a check that training is sane
-EVAL_SEED_OFFSET = 10_000  # evaluation episodes start from another seed than training
-CHECKPOINT_FORMAT = 1  # raised when a checkpoint of before can no longer be read
+LOG_FREQUENCY = 100  # environment steps between two records of the losses
+signals = []  # Ctrl-C and SIGTERM, until the training loop looks
 
 
 @dataclass
 class Args:
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """name of this experiment, part of the run's folder"""
-    seed: int = 1
-    """seed of everything random: networks, exploration, replay, environment"""
-    torch_deterministic: bool = True
-    """let cuDNN use deterministic algorithms only"""
-    cuda: bool = True
-    """use the GPU if there is one"""
-    compile: bool = False
-    """compile the whole update into one graph: half a minute to start the first time, then faster (needs a C++ compiler)"""
-    track: bool = False
-    """mirror every logged value to Weights & Biases"""
-    wandb_project_name: str = "smoothie"
-    """the project on Weights & Biases"""
-    wandb_entity: str | None = None
-    """the user or team on Weights & Biases"""
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
+    seed: int = 1  # seed of the networks, exploration, replay and environment
+    cuda: bool = True  # use the GPU if there is one
+    compile: bool = True  # compile the update into one graph: slower to start, then about twice as fast
+    threads: int = 1  # CPU threads that PyTorch uses
+    track: bool = False  # mirror every logged value to Weights & Biases
+    wandb_project_name: str = "smoothie"  # the Weights & Biases project
+    env_id: str = "Hopper-v4"  # gymnasium task with bounded Box actions (Section 6.2)
+    total_timesteps: int = 1_000_000  # environment steps
+    learning_starts: int = 1_000  # first steps, uniformly random and without updates
+    buffer_size: int = 1_000_000  # transitions that the replay buffer keeps
+    batch_size: int = 64  # transitions in each of the two batches of an update
+    gamma: float = 0.99  # discount factor (Section 2.1)
+    tau: float = 0.01  # rate of the Polyak averages theta', w'
+    reward_scale: float = 0.1  # factor on the rewards that the critic sees (Section 6.2); logged returns are not scaled
+    policy_lr: float = 1e-4  # learning rate of theta, by Adam
+    q_lr: float = 1e-3  # learning rate of w, by Adam
+    max_grad_norm: float = 4.0  # bound on the norm of the critic's gradient; inf turns clipping off
+    ou_theta: float = 0.15  # damping of the Ornstein-Uhlenbeck exploration (Section 6.2); 1 makes the noise independent
+    ou_sigma: float = 0.3  # scale of the Ornstein-Uhlenbeck exploration, in normalised units per step (Section 6.2)
+    eval_frequency: int = 5_000  # environment steps between two evaluations of the mean action
+    eval_episodes: int = 10  # episodes of each evaluation
+    checkpoint_frequency: int = 0  # environment steps between two checkpoints; with 0, only Ctrl-C and SIGTERM write one
+    capture_video: bool = False  # write an MP4 of the first episode of each evaluation
+    resume: str | None = None  # continue the run in this folder from its last checkpoint, with its flags
+    evaluate: str | None = None  # do not train: evaluate the policy in this run folder
 
-    env_id: str = "Hopper-v4"
-    """the gymnasium task: a one-agent task with Box observations and bounded Box actions (Section 6.2)"""
-    total_timesteps: int = 1_000_000
-    """environment steps to train for: N of Algorithm 1"""
-    learning_starts: int = 1_000
-    """first steps, taken with uniformly random actions and without updates, for the near-uniform buffer of Section 4.2"""
-    buffer_size: int = 1_000_000
-    """transitions that the replay buffer keeps"""
-    batch_size: int = 64
-    """transitions in each of the two batches of an update: B of Algorithm 1"""
-    gamma: float = 0.99
-    """discount factor (Section 2.1)"""
-    tau: float = 0.01
-    """rate of the Polyak averages theta', phi', w': the target network lag of Algorithm 1"""
-    reward_scale: float = 0.1
-    """factor on the rewards that the critic sees (Section 6.2); logged returns are never scaled"""
-    policy_lr: float = 1e-4
-    """learning rate of theta, by Adam: eta_pi of Algorithm 1"""
-    q_lr: float = 1e-3
-    """learning rate of w, by Adam: eta_Q of Algorithm 1"""
-    max_grad_norm: float = 4.0
-    """bound on the norm of the critic's gradient; inf leaves it alone"""
-    ou_theta: float = 0.15
-    """damping of the Ornstein-Uhlenbeck exploration (Section 6.2)"""
-    ou_sigma: float = 0.3
-    """scale of the Ornstein-Uhlenbeck exploration, in normalised units per step (Section 6.2)"""
-    eval_frequency: int = 5_000
-    """environment steps between two evaluations of the mean action"""
-    eval_episodes: int = 10
-    """episodes of each evaluation"""
 
-    checkpoint_frequency: int = 0
-    """environment steps between two checkpoints; with 0 only Ctrl-C and SIGTERM write one"""
-    save_model: bool = False
-    """write the policy to policy.pt at each evaluation"""
-    capture_video: bool = False
-    """write an MP4 and a GIF of the first episode of each evaluation"""
-    resume: str | None = None
-    """go on with the run in this folder, from its last checkpoint and with its flags"""
-    evaluate: str | None = None
-    """do not train: evaluate the policy.pt in this run's folder"""
-    render: bool = False
-    """with --evaluate: show the episodes in a window"""
+def check(args):
+    """Exit with one sentence if a flag is out of range or NaN."""
+    limits = {"seed": (0, 2**31), "gamma": (0, 1), "tau": (1e-9, 1), "ou_theta": (0, 1)}
+    for name, value in asdict(args).items():
+        low, high = limits.get(name, (1 if type(value) is int and name != "checkpoint_frequency" else 0, math.inf))
+        if type(value) in (int, float) and not low <= value <= high:
+            sys.exit(f"--{name.replace('_', '-')} {value}: must lie between {low:g} and {high:g}")
+    if args.batch_size > (rows := min(args.learning_starts, args.buffer_size)):
+        sys.exit(f"--batch-size {args.batch_size}: the replay buffer holds only {rows} transitions when learning starts")
+    if args.learning_starts >= args.total_timesteps:
+        sys.exit(f"--learning-starts {args.learning_starts}: nothing is learned in --total-timesteps {args.total_timesteps}")
 
 
 def make_env(env_id, render_mode=None):
-    """Return the environment behind normalised actions: it receives bias + scale * clip(action, -1, 1), per dimension."""
+    """Return the task with flat observations, and with actions scaled from [-1, 1] to its bounds and clipped to them."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is what the literature reports
-            env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
-    except (gym.error.Error, ImportError, ValueError) as error:
+        env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
+        if not isinstance(space := env.action_space, gym.spaces.Box) or not space.is_bounded():
+            raise ValueError(f"needs bounded Box actions, not {space}")
+        env = gym.wrappers.TransformAction(env, lambda action: np.clip(action, space.low, space.high), space)
+        env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), np.float32(-1), np.float32(1))
+    except (gym.error.Error, ImportError, NotImplementedError, ValueError) as error:
         sys.exit(f"--env-id {env_id}: {' '.join(str(error).split())}")
-    except AttributeError as error:  # what MuJoCo raises where the library for drawing is not there
-        if not (library := os.environ.get("MUJOCO_GL")):
-            raise
-        sys.exit(f"MUJOCO_GL={library}: its library cannot be loaded ({error}); install it, or unset MUJOCO_GL to draw nothing")
-    for what, space in [("observations", env.observation_space), ("actions", env.action_space)]:
-        if not isinstance(space, gym.spaces.Box):
-            sys.exit(f"--env-id {env_id}: {what} must be a Box, not {type(space).__name__}")
-    low, high = env.action_space.low, env.action_space.high
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        sys.exit(f"--env-id {env_id}: needs finite action bounds, not {low.min():g} to {high.max():g}")
-    bias, scale = (high + low) / 2, (high - low) / 2
-    unit_box = gym.spaces.Box(-1.0, 1.0, (low.size,), low.dtype)
-    env = gym.wrappers.TransformAction(env, lambda a: bias + scale * np.clip(a, -1.0, 1.0).reshape(bias.shape), unit_box)
-    return env if len(env.observation_space.shape) == 1 else gym.wrappers.FlattenObservation(env)
+    return gym.wrappers.RecordEpisodeStatistics(env)
 
 
 class Actor(nn.Module):
@@ -158,64 +106,55 @@ class Actor(nn.Module):
 
     def __init__(self, obs_dim, action_dim):
         super().__init__()
-        self.fc1 = nn.Linear(obs_dim, 400)
-        self.fc2 = nn.Linear(400, 300)
-        self.fc_mean = nn.Linear(300, action_dim)
-        nn.init.uniform_(self.fc_mean.weight, -3e-3, 3e-3)
-        nn.init.uniform_(self.fc_mean.bias, -3e-3, 3e-3)
+        self.fc1, self.fc2, self.fc_mean = nn.Linear(obs_dim, 400), nn.Linear(400, 300), nn.Linear(300, action_dim)
+        for p in self.fc_mean.parameters():
+            nn.init.uniform_(p, -3e-3, 3e-3)
 
     def forward(self, observations):
-        x = F.relu(self.fc1(observations))
-        x = F.relu(self.fc2(x))
-        return torch.tanh(self.fc_mean(x))
+        return torch.tanh(self.fc_mean(torch.relu(self.fc2(torch.relu(self.fc1(observations))))))
+
+    @torch.inference_mode()
+    def mean_action(self, obs):
+        """Return mu_theta(s) of one observation, both NumPy arrays."""
+        return self(torch.as_tensor(obs, dtype=torch.float32, device=self.fc_mean.bias.device)).cpu().numpy()
 
 
 class QNetwork(nn.Module):
-    """Q_w(s, a) (batch,). Its units are tanh, as Smoothie needs them for its Hessian, so that the critics are the same."""
+    """Q_w(s, a) (batch,)."""
 
     def __init__(self, obs_dim, action_dim):
         super().__init__()
-        self.fc1 = nn.Linear(obs_dim, 400)
-        self.fc2 = nn.Linear(400 + action_dim, 300)
-        self.fc_q = nn.Linear(300, 1)
-        nn.init.uniform_(self.fc_q.weight, -3e-3, 3e-3)
-        nn.init.uniform_(self.fc_q.bias, -3e-3, 3e-3)
+        self.fc1, self.fc2, self.fc_q = nn.Linear(obs_dim, 400), nn.Linear(400 + action_dim, 300), nn.Linear(300, 1)
+        for p in self.fc_q.parameters():
+            nn.init.uniform_(p, -3e-3, 3e-3)
 
     def hidden(self, observations, actions):
-        x = torch.tanh(self.fc1(observations))
-        return torch.tanh(self.fc2(torch.cat([x, actions], 1)))
+        return self.fc2(torch.cat([torch.relu(self.fc1(observations)), actions], 1))
 
     def forward(self, observations, actions):
-        return self.fc_q(self.hidden(observations, actions)).squeeze(1)
+        return self.fc_q(nn.functional.gelu(self.hidden(observations, actions))).squeeze(1)
 
-    def action_derivatives(self, observations, actions):
-        """Return dQ/da and the diagonal of d2Q/da2, each (batch, action_dim), in closed form.
+    def action_gradient(self, observations, actions):
+        """Return dQ/da (batch, action_dim) in closed form.
 
-        With h = tanh(z), z = W_s e(s) + W_a a + b, q = w.h + c: dq/da = ((1 - h^2) * w) W_a and
-        d2q/da_i^2 = (-2 h (1 - h^2) * w) (W_a^2)_i.
+        With z = W_s e(s) + W_a a + b and q = w.gelu(z) + c: dq/da = (w * gelu'(z)) W_a, where gelu' = cdf(z) + z pdf(z), of
+        N(0, 1). For another network use torch.func.grad.
         """
-        h = self.hidden(observations, actions)
-        action_weight = self.fc2.weight[:, -actions.shape[1] :]
-        slope = (1 - h * h) * self.fc_q.weight
-        return slope @ action_weight, (-2 * h * slope) @ action_weight.square()
+        z, w, w_a = self.hidden(observations, actions), self.fc_q.weight, self.fc2.weight[:, -actions.shape[1] :]
+        cdf, pdf = 0.5 * (1 + torch.erf(z / math.sqrt(2))), torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+        return (w * (cdf + z * pdf)) @ w_a
 
 
 class ReplayBuffer:
-    """The last `capacity` transitions, one packed float32 row (s, a, r, s', terminated) each, sampled uniformly.
-
-    Memory is claimed as rows are written. Actions are kept as they were drawn, in normalised units, never clipped.
-    """
+    """The last `capacity` transitions, packed float32 rows (s, a, r, s', terminated); a is kept as drawn, not clipped."""
 
     def __init__(self, capacity, obs_dim, action_dim, rng, device="cpu"):
         self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
         self.rows = np.zeros((capacity, sum(self.widths)), dtype=np.float32)
-        self.count, self.saved, self.rng, self.device = 0, 0, rng, device
+        self.count, self.rng, self.device = 0, rng, device
 
     def add(self, obs, action, reward, next_obs, terminated):
-        row = self.rows[self.count % len(self.rows)]
-        o, a = self.widths[:2]
-        row[:o], row[o : o + a], row[o + a] = obs, action, reward
-        row[o + a + 1 : -1], row[-1] = next_obs, terminated
+        self.rows[self.count % len(self.rows)] = np.concatenate([obs, action, [reward], next_obs, [terminated]])
         self.count += 1
 
     def sample(self, batch_size):
@@ -224,647 +163,263 @@ class ReplayBuffer:
         obs, actions, rewards, next_obs, terminated = torch.from_numpy(rows).to(self.device).split(self.widths, 1)
         return obs, actions, rewards.squeeze(1), next_obs, terminated.squeeze(1)
 
-    def save(self, folder):
-        """Write the rows that were added since the last save to a file of their own, named by the first and the end."""
-        start = max(self.saved, self.count - len(self.rows))
-        if start < self.count:
-            a, b = start % len(self.rows), self.count % len(self.rows)
-            with open(os.path.join(folder, f"rows_{start}_{self.count}.f32"), "wb") as file:
-                for rows in [self.rows[a:b]] if a < b else [self.rows[a:], self.rows[:b]]:
-                    rows.tofile(file)
-                file.flush()
-                os.fsync(file.fileno())
-        self.saved = self.count
-
-    def load(self, folder, count):
-        """Read back the buffer that had received `count` rows. Raise ValueError unless all of it is there."""
-        self.forget(folder, lambda start, end: end > count)  # written by a save that was never finished
-        self.count = self.saved = count
-        found = 0
-        for name, start, end in self.files(folder):
-            first = min(max(start, count - len(self.rows)), end)  # end: a file of old rows that a kill left behind
-            with open(os.path.join(folder, name), "rb") as file:
-                file.seek((first - start) * self.rows[0].nbytes)
-                for i in range(first, end, 10_000):  # in parts: all rows at once could be gigabytes
-                    index = np.arange(i, min(i + 10_000, end))
-                    rows = np.fromfile(file, np.float32, index.size * self.rows.shape[1])
-                    self.rows[index % len(self.rows)] = rows.reshape(index.size, -1)
-            found += end - first
-        if found != min(count, len(self.rows)):
-            raise ValueError(f"{found} of {min(count, len(self.rows))} transitions are there")
-
-    def forget(self, folder, unwanted):
-        for name, start, end in self.files(folder):
-            if unwanted(start, end):
-                os.remove(os.path.join(folder, name))
-
-    @staticmethod
-    def files(folder):
-        names = [re.fullmatch(r"rows_(\d+)_(\d+)\.f32", name) for name in os.listdir(folder)]
-        return sorted((name[0], int(name[1]), int(name[2])) for name in names if name)
-
-
-class Episode:
-    """The training episode in progress.
-
-    To restore it exactly, whatever the simulator keeps to itself, it is played again: from the state that the environment's
-    generator had before the reset, with the same actions.
-    """
-
-    def __init__(self, env, seed):
-        self.env, self.seed, self.rng_state = env, seed, None
-        self.restart()
-
-    def restart(self):
-        self.obs, _ = self.env.reset(seed=self.seed if self.rng_state is None else None)
-        self.actions, self.episodic_return = [], 0.0
-
-    def begin(self):
-        """Start the next episode."""
-        self.rng_state = self.env.unwrapped.np_random.bit_generator.state
-        self.restart()
-
-    def step(self, action):
-        """Return what env.step does, but for the infos."""
-        self.obs, reward, terminated, truncated, _ = self.env.step(action)
-        self.actions.append(action)
-        self.episodic_return += float(reward)
-        return self.obs, reward, terminated, truncated
-
-    def state_dict(self):
-        actions = torch.from_numpy(np.array(self.actions))
-        return {"rng": json.dumps(self.rng_state), "actions": actions, "obs": torch.from_numpy(np.array(self.obs))}
-
-    def load_state_dict(self, state):
-        """Raise ValueError if playing the episode again does not end at the same observation."""
-        self.rng_state = json.loads(state["rng"])
-        if self.rng_state is not None:
-            self.env.unwrapped.np_random.bit_generator.state = self.rng_state
-            self.restart()
-        ended = [terminated or truncated for *_, terminated, truncated in map(self.step, state["actions"].numpy())]
-        if any(ended) or not np.array_equal(self.obs, state["obs"].numpy()):
-            raise ValueError("the environment did not repeat its episode, so it is not deterministic given its seed")
-
-
-def policy_loss(mean, gradient):
-    """Minus a surrogate of O: its gradient is minus (6) in theta, through mean; both (batch, action_dim), gradient constant."""
-    return -(gradient * mean).sum(1).mean()
-
-
-def td_target(rewards, terminated, next_values, gamma):
-    """r + gamma Q'(s', mu'(s')), all (batch,): a time limit bootstraps, a termination does not."""
-    return rewards + gamma * (1 - terminated) * next_values
-
-
-def critic_loss(values, targets):
-    """Mean squared Bellman error (8)."""
-    return F.mse_loss(values, targets)
+    def last(self, n, file):
+        """Return views of the last n rows and move the file to their place; the i-th row ever added has byte i * row size."""
+        file.seek((self.count - n) * self.rows[0].nbytes)
+        i, j = (self.count - n) % len(self.rows), self.count % len(self.rows)
+        return [self.rows[i:j]] if i < j or n == 0 else [self.rows[i:], self.rows[:j]]
 
 
 class Adam(nn.Module):
-    """Adam (Kingma and Ba, 2015) on a list of parameters: torch.optim.Adam's steps, which --compile could not trace."""
+    """torch.optim.Adam (Kingma and Ba, 2015) in operations that torch.compile can put into one graph with the gradients."""
 
-    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8):
+    def __init__(self, params, lr):
         super().__init__()
-        self.params, self.lr, self.betas, self.eps = params, lr, betas, eps
-        self.m = nn.ParameterList(torch.zeros_like(p) for p in params).requires_grad_(False)
-        self.v = nn.ParameterList(torch.zeros_like(p) for p in params).requires_grad_(False)
+        self.params, self.lr = params, lr
+        self.m, self.v = (nn.ParameterList(map(torch.zeros_like, params)).requires_grad_(False) for _ in range(2))
         self.register_buffer("beta1_power", torch.ones(()))
         self.register_buffer("beta2_power", torch.ones(()))
 
     @torch.no_grad()
-    def step(self, grads):
-        """Move the parameters in place, given one gradient of the same shape for each."""
-        beta1, beta2 = self.betas
-        bias1 = 1 - self.beta1_power.mul_(beta1)
-        bias2 = (1 - self.beta2_power.mul_(beta2)).sqrt()
-        step_size, eps = self.lr * bias2 / bias1, self.eps * bias2
+    def step(self, grads, beta1=0.9, beta2=0.999, eps=1e-8):
+        bias1, bias2 = 1 - self.beta1_power.mul_(beta1), (1 - self.beta2_power.mul_(beta2)).sqrt()
         for p, grad, m, v in zip(self.params, grads, self.m, self.v, strict=True):
             m.lerp_(grad, 1 - beta1)
             v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-            p -= step_size * m / (v.sqrt() + eps)
-
-
-class OrnsteinUhlenbeck:
-    """Exploration noise x <- (1 - theta) x + sigma N(0, I), x (action_dim,), starting at 0 in each episode."""
-
-    def __init__(self, action_dim, theta, sigma, rng):
-        self.theta, self.sigma, self.rng = theta, sigma, rng
-        self.state = np.zeros(action_dim)
-
-    def reset(self):
-        self.state[:] = 0.0
-
-    def sample(self):
-        self.state += self.sigma * self.rng.standard_normal(self.state.shape) - self.theta * self.state
-        return self.state
+            p -= (self.lr * bias2 / bias1) * m / (v.sqrt() + eps * bias2)
 
 
 class DDPG(nn.Module):
-    """The networks, their optimisers and the update. state_dict() is all of its state."""
+    """The networks, their optimisers and the update. state_dict() holds all of its state."""
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         self.args = args
-        self.actor = Actor(obs_dim, action_dim)
-        self.target_actor = Actor(obs_dim, action_dim).requires_grad_(False)
-        self.qf = QNetwork(obs_dim, action_dim)
-        self.target_qf = QNetwork(obs_dim, action_dim).requires_grad_(False)
-        self.target_actor.load_state_dict(self.actor.state_dict())
-        self.target_qf.load_state_dict(self.qf.state_dict())
+        self.actor, self.qf = Actor(obs_dim, action_dim), QNetwork(obs_dim, action_dim)
+        self.target_actor, self.target_qf = (copy.deepcopy(net).requires_grad_(False) for net in (self.actor, self.qf))
         self.theta = list(self.actor.parameters())
         self.w = list(self.qf.parameters())
-        self.actor_optimizer = Adam(self.theta, args.policy_lr)
-        self.q_optimizer = Adam(self.w, args.q_lr)
-        self.params = [*self.theta, *self.w]
-        self.target_params = [*self.target_actor.parameters(), *self.target_qf.parameters()]
+        self.actor_optimizer, self.q_optimizer = Adam(self.theta, args.policy_lr), Adam(self.w, args.q_lr)
 
     def update(self, observations, batch):
         """One update: the policy on one batch, the critic on another, the targets. Return what to log."""
         metrics = self.update_policy(observations) | self.update_critic(*batch)
-        self.update_targets()
+        with torch.no_grad():
+            for net, target in [(self.actor, self.target_actor), (self.qf, self.target_qf)]:
+                torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), self.args.tau)
         return metrics
 
     def update_policy(self, observations):
         """One step of theta along (6)."""
         mean = self.actor(observations)
         with torch.no_grad():
-            gradient, hessian = self.qf.action_derivatives(observations, mean)
-        loss = policy_loss(mean, gradient)
+            gradient = self.qf.action_gradient(observations, mean)
+        loss = -(gradient * mean).sum(1).mean()  # its gradient is minus (6)
         self.actor_optimizer.step(torch.autograd.grad(loss, self.theta))
-        return {"losses/actor_loss": loss.detach(), "losses/hessian": hessian.mean()}
+        return {"losses/actor_loss": loss.detach()}
 
     def update_critic(self, observations, actions, rewards, next_observations, terminated):
-        """One step of w on (8), targets from the target networks."""
+        """One step of w on (8). A time limit bootstraps, a termination does not."""
         with torch.no_grad():
             next_values = self.target_qf(next_observations, self.target_actor(next_observations))
-            targets = td_target(rewards * self.args.reward_scale, terminated, next_values, self.args.gamma)
+            targets = self.args.reward_scale * rewards + self.args.gamma * (1 - terminated) * next_values
         values = self.qf(observations, actions)
-        loss = critic_loss(values, targets)
+        loss = (values - targets).square().mean()
         grads = torch.autograd.grad(loss, self.w)
-        norm = sum(g.square().sum() for g in grads).sqrt()
+        norm = torch.nn.utils.get_total_norm(grads)
         self.q_optimizer.step(torch._foreach_mul(grads, (self.args.max_grad_norm / norm).clamp(max=1.0)))
-        return {
-            "losses/qf1_loss": loss.detach(),
-            "losses/qf1_values": values.detach().mean(),
-        }
-
-    @torch.no_grad()
-    def update_targets(self):
-        torch._foreach_lerp_(self.target_params, self.params, self.args.tau)
+        return {"losses/qf1_loss": loss.detach(), "losses/qf1_values": values.detach().mean()}
 
 
-def compiled(update):
-    """Return update() as one graph, which on a GPU is replayed as a CUDA graph. The first call takes half a minute."""
+def compile_update(update):
+    """Return update() as one graph, on a GPU a CUDA graph, or as it is where nothing can be compiled."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(8))
+    except Exception as error:  # no C++ compiler or no headers, say
+        print(f"cannot compile, so updates will be slower ({type(error).__name__})", file=sys.stderr)
+        return update
+    print("the first update compiles, which takes up to a minute")
     torch._dynamo.config.trace_autograd_ops = True  # the gradients belong to the graph
-    options = {
-        "fallback_random": True,  # draw the numbers that are drawn without --compile
-        "cpp.use_decompose_tanh": True,  # tanh from exp: on the CPU several times as fast
-        "triton.cudagraphs": True,
-        "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,  # shapes and flags stay as they are for the whole run
-    }
+    options = {"fallback_random": True, "cpp.use_decompose_tanh": True}  # same random numbers as without; a faster tanh
+    options |= {"triton.cudagraphs": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}  # all shapes stay
     return torch.compile(update, fullgraph=True, isolate_recompiles=True, options=options)
 
 
-@torch.inference_mode()
-def act(actor, obs):
-    """Return mu_theta(s) of one observation, a NumPy array (action_dim,)."""
-    return actor(torch.as_tensor(obs, dtype=torch.float32, device=actor.fc1.weight.device)).cpu().numpy()
+def evaluate(actor, env, args, video):
+    """Return [undiscounted return, length] of each episode of the mean action, or None if a signal interrupts."""
+    results, film = [], args.capture_video and imageio.get_writer(video, fps=env.metadata["render_fps"], macro_block_size=2)
+    for episode in range(args.eval_episodes):
+        obs, info = env.reset(seed=10_000 + args.seed + episode)
+        while "episode" not in info:  # RecordEpisodeStatistics puts it into the last step's
+            if film and episode == 0:
+                film.append_data(env.render())
+            obs, *_, info = env.step(actor.mean_action(obs))
+            if signals:
+                return None
+        results.append([float(info["episode"]["r"]), info["episode"]["l"]])
+    return results
 
 
-class Film(gym.Wrapper):
-    """Films the episode that follows film(path): all of it as path.mp4, every fourth frame, half as wide, as path.gif."""
-
-    path, writers = None, None
-
-    def film(self, path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        self.path = path
-
-    def reset(self, **kwargs):
-        result = self.env.reset(**kwargs)
-        if self.path:
-            import imageio  # with imageio-ffmpeg; nothing but videos needs them
-
-            fps, self.frames = self.metadata.get("render_fps", 30), 0
-            gif = imageio.get_writer(self.path + ".gif", duration=4000 / fps, loop=0)
-            self.path, self.writers = None, (imageio.get_writer(self.path + ".mp4", fps=fps, macro_block_size=2), gif)
-            self.draw()
-        return result
-
-    def step(self, action):
-        result = self.env.step(action)
-        if self.writers:
-            self.draw()
-            if result[2] or result[3]:
-                for writer in self.writers:
-                    writer.close()
-                self.writers = None
-        return result
-
-    def draw(self):
-        try:
-            frame = self.env.render()
-        except Exception as error:  # what a missing screen or library raises differs from one to the next
-            sys.exit(f"cannot draw ({error}): without a screen, set MUJOCO_GL=egl or MUJOCO_GL=osmesa and install its library")
-        if frame is None:
-            sys.exit("cannot draw: the environment has no render_mode rgb_array")
-        self.writers[0].append_data(frame)
-        if self.frames % 4 == 0 and self.frames < 600:  # small enough for a README
-            self.writers[1].append_data(frame[::2, ::2])
-        self.frames += 1
-
-
-def evaluate(actor, env, episodes, seed):
-    """Return the undiscounted returns and the lengths of `episodes` episodes of the mean action from a seeded reset."""
-    returns, lengths = [], []
-    for episode in range(episodes):
-        obs, _ = env.reset(seed=seed if episode == 0 else None)
-        episode_return, length, done = 0.0, 0, False
-        while not done:
-            obs, reward, terminated, truncated, _ = env.step(act(actor, obs))
-            episode_return, length, done = episode_return + float(reward), length + 1, terminated or truncated
-        returns.append(episode_return)
-        lengths.append(length)
-    return returns, lengths
-
-
-def check(args):
-    """Exit with one sentence on stderr if a flag is out of range."""
-    for name, low, high in [
-        ("seed", 0, 2**32 - 1),
-        ("total_timesteps", 1, 10**12),
-        ("learning_starts", 1, 10**12),
-        ("buffer_size", 1, 10**12),
-        ("batch_size", 1, 10**6),
-        ("gamma", 0, 1),
-        ("tau", 1e-9, 1),
-        ("reward_scale", 1e-9, 1e9),
-        ("policy_lr", 0, 1),
-        ("q_lr", 0, 1),
-        ("max_grad_norm", 1e-9, math.inf),
-        ("ou_theta", 0, 1),
-        ("ou_sigma", 0, 1e9),
-        ("eval_frequency", 1, 10**12),
-        ("eval_episodes", 1, 10**6),
-        ("checkpoint_frequency", 0, 10**12),
-    ]:
-        value = getattr(args, name)
-        if not low <= value <= high:
-            sys.exit(f"--{name.replace('_', '-')} {value}: must lie between {low:g} and {high:g}")
-    in_buffer = min(args.learning_starts, args.buffer_size)
-    if args.batch_size > in_buffer:
-        sys.exit(
-            f"--batch-size {args.batch_size}: the replay buffer holds only {in_buffer} transitions when learning starts; "
-            "raise --learning-starts and --buffer-size, or lower --batch-size"
-        )
-    if args.compile and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "cl")):
-        sys.exit("--compile: needs a C++ compiler, and there is no g++ or clang++ here; install one, or leave --compile away")
-
-
-def provenance():
-    """Return the versions of what the numbers depend on, and the commit of the script if it lies in a git repository."""
-    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    except OSError:  # no git here
-        commit = None
-    versions = {package: importlib.metadata.version(package) for package in ("torch", "gymnasium", "mujoco", "numpy")}
-    return {"python": sys.version.split()[0], **versions, "commit": commit}
-
-
-def replace(path, content):
-    """Write bytes, or what torch.save makes of a dict, to a new file that takes the place of path once it is whole on disk."""
+def write(path, content):
+    """Replace the file by a string, or by a dict as torch.save writes it; a kill or a full disk leaves the old file."""
     if isinstance(content, dict):
         torch.save(content, buffer := io.BytesIO())
-        content = buffer.getbuffer()
-    try:
-        with open(path + ".new", "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + ".new", path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.remove(path + ".new")  # on a full disk its room is wanted
-        raise
+    new = Path(f"{path}.new")
+    new.write_bytes(buffer.getbuffer() if isinstance(content, dict) else content.encode())
+    new.replace(path)
 
 
-def read(path):
-    """Return what torch.save wrote to path, tensors, numbers and strings only, or exit: nothing in the file can run code."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        sys.exit(
-            f"{path}: not there; --checkpoint-frequency, Ctrl-C or SIGTERM write checkpoints, --save-model writes policy.pt"
-        )
-    except Exception as error:  # a damaged or hostile file can raise anything
-        sys.exit(f"{path}: cannot be read ({type(error).__name__}), it is damaged or was not written by this script")
+def check_finite(losses, agent, step):
+    for name, tensor in [*losses.items(), *agent.named_parameters()]:
+        if not tensor.isfinite().all():
+            sys.exit(f"step {step}: {name} is not finite, training has diverged; a lower --q-lr or --reward-scale may help")
 
 
-class Logger:
-    """The run's folder: config.json, TensorBoard events, evaluations.csv (one row per episode), the checkpoint, policy.pt.
-
-    What is logged is mirrored to W&B if tracked. One run at a time may have the folder. Where the disk is full or the folder is
-    gone, the methods exit with one sentence; what is on disk stays as it is.
-    """
-
-    def __init__(self, args):
-        name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-        self.args, self.run_dir, self.writer, self.wandb = args, args.resume or os.path.join("runs", name), None, None
-        with self.writing():
-            for attempt in itertools.count() if not args.resume else ():  # two runs of one name may start in the same second
-                self.run_dir = os.path.join("runs", f"{name}_{attempt}" if attempt else name)
-                with contextlib.suppress(FileExistsError):
-                    os.makedirs(self.run_dir)
-                    break
-            self.lock = open(self.path("lock"), "w")
-            try:
-                fcntl and fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                sys.exit(f"{self.run_dir}: another run is going on in this folder; wait for its end or stop it")
-
-    def path(self, *names):
-        return os.path.join(self.run_dir, *names)
-
-    @contextlib.contextmanager
-    def writing(self):
-        try:
-            yield
-        except OSError as error:
-            reason = error.strerror or error
-            sys.exit(f"{self.run_dir}: cannot write ({reason}); is there room, and is the folder still there and writable?")
-
-    def open(self, start):
-        """Begin to log after step `start`; what a killed run logged after that is dropped, as it will be logged again."""
-        config = asdict(self.args) | {"resume": None, "provenance": [provenance()]}
-        rows = ["global_step,episode,episodic_return,episodic_length\n"]
-        with self.writing():
-            if self.args.resume:
-                with open(self.path("config.json")) as file:
-                    before = json.load(file)["provenance"]
-                config["provenance"] = before + [now for now in config["provenance"] if now != before[-1]]
-                with open(self.path("evaluations.csv")) as file:
-                    rows += [row for row in list(file)[1:] if row.endswith("\n") and int(row.split(",")[0]) <= start]
-            replace(self.path("evaluations.csv"), "".join(rows).encode())
-            replace(self.path("config.json"), json.dumps(config, indent=2).encode())
-            os.makedirs(self.path("checkpoint"), exist_ok=True)
-            self.writer = SummaryWriter(self.run_dir, purge_step=start + 1 if self.args.resume else None)
-        if self.args.track:
-            self.track(config)
-
-    def track(self, config):
+def main(args):
+    """Train, or evaluate a trained policy."""
+    check(args)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)  # numbers below 1e-38 change nothing and slow some processors down
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    rng = np.random.default_rng(args.seed)
+    env, eval_env = make_env(args.env_id), make_env(args.env_id, "rgb_array" if args.capture_video else None)
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    agent = DDPG(obs_dim, action_dim, args).to(device)
+    if args.evaluate is not None:
+        agent.actor.load_state_dict(torch.load(Path(args.evaluate, "policy.pt"), device, weights_only=True))
+        results = evaluate(agent.actor, eval_env, args, Path(args.evaluate, "evaluate.mp4")) or sys.exit(128 + signals[0])
+        return print(f"mean return {np.mean(results, 0)[0]:.2f}; return and length of each episode: {results}")
+    qf, s, a = copy.deepcopy(agent.qf).cpu().double(), torch.randn(1, obs_dim).double(), torch.randn(1, action_dim).double()
+    exact = torch.func.jacrev(qf, 1)(s, a)[0]
+    if (qf.action_gradient(s, a) - exact).norm() > 1e-6 * exact.norm():
+        sys.exit("QNetwork: action_gradient is not the gradient of forward; change both together")
+    update = compile_update(agent.update) if args.compile else agent.update
+    buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), obs_dim, action_dim, rng, device)
+    start, saved, episode_seed, episode_length, evaluations, history, losses = 0, 0, int(rng.integers(2**31)), 0, [], [], {}
+    noise = np.zeros(action_dim, np.float32)
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+    run_dir = Path(args.resume or Path("runs", name))
+    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+    transitions = open(run_dir / "transitions.f32", "r+b" if args.resume else "wb")
+    if args.resume:
+        try:  # weights_only: nothing in the file can run code
+            state = torch.load(run_dir / "checkpoint.pt", "cpu", weights_only=True)
+            agent.load_state_dict(state["agent"])
+            start, evaluations, (episode_seed, episode_length) = state["step"], state["evaluations"], state["episode"]
+            history = json.loads((run_dir / "config.json").read_text())["provenance"]
+            rng.bit_generator.state, noise = json.loads(state["rng"]), np.float32(state["noise"])
+            torch.set_rng_state(state["torch_rng"][0])
+            torch.cuda.set_rng_state_all(state["torch_rng"][1:])
+            saved = buffer.count = state["count"]
+            if any(transitions.readinto(v) < v.nbytes for v in buffer.last(min(saved, len(buffer.rows)), transitions)):
+                raise ValueError("transitions are missing")
+        except Exception as error:  # a damaged or hostile file can raise anything
+            sys.exit(f"{run_dir}: the checkpoint is missing, damaged or of another network ({type(error).__name__})")
+        if start > args.total_timesteps:
+            sys.exit(f"--total-timesteps {args.total_timesteps}: this run has taken {start} steps already")
+    obs, _ = env.reset(seed=episode_seed)
+    for i in range(buffer.count - episode_length, buffer.count):  # replay the episode in progress
+        row = buffer.rows[i % len(buffer.rows)]
+        obs, *_ = env.step(row[obs_dim : obs_dim + action_dim])
+    if episode_length and not np.array_equal(np.float32(obs), row[-obs_dim - 1 : -1]):
+        sys.exit(f"{run_dir}: the environment does not repeat its episode, so it is not deterministic given its seed")
+    script, git = Path(__file__).resolve(), "git describe --always --dirty --abbrev=40"
+    commit = subprocess.run(git, shell=True, cwd=script.parent, capture_output=True, text=True).stdout.strip() or None
+    made_by = {package: importlib.metadata.version(package) for package in ("torch", "gymnasium", "mujoco", "numpy")}
+    made_by |= {"commit": commit, "script_sha256": hashlib.sha256(script.read_bytes()).hexdigest()}
+    config = asdict(args) | {"resume": None, "script": script.name, "provenance": [*history, made_by]}
+    write(run_dir / "config.json", json.dumps(config, indent=2))
+    if args.track:
         import wandb
 
-        name = os.path.basename(os.path.abspath(self.run_dir))  # as the id, too: a resumed run goes on in the same W&B run
-        settings = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity, "id": name, "name": name}
-        try:
-            self.wandb = wandb.init(config=config, resume="allow", **settings)
-        except wandb.Error as error:
-            print(f"Weights & Biases: {error}; tracking offline, `wandb sync` sends it later", file=sys.stderr)
-            wandb.teardown()  # the failed attempt still holds the run's id
-            self.wandb = wandb.init(config=config, mode="offline", **settings)
-        self.wandb.define_metric("*", step_metric="global_step")
-
-    def log(self, values, global_step):
-        with self.writing():
-            for key, value in values.items():
-                self.writer.add_scalar(key, value, global_step)
-        if self.wandb:
-            self.wandb.log({"global_step": global_step, **values}, step=global_step)
-
-    def log_evaluation(self, returns, lengths, global_step):
-        rows = [(global_step, i, *episode) for i, episode in enumerate(zip(returns, lengths, strict=True))]
-        with self.writing(), open(self.path("evaluations.csv"), "r+", newline="") as file:  # r+: not anew in a deleted folder
-            file.seek(0, os.SEEK_END)
-            csv.writer(file, lineterminator="\n").writerows(rows)
-        self.log({"eval/episodic_return": np.mean(returns), "eval/episodic_length": np.mean(lengths)}, global_step)
-
-    def save_policy(self, policy):
-        with self.writing():
-            replace(self.path("policy.pt"), policy)
-
-    def save_checkpoint(self, state, buffer):
-        """Write the new rows of the buffer and then, in one stroke, the state that counts them."""
-        with self.writing():
-            buffer.save(self.path("checkpoint"))
-            replace(self.path("checkpoint", "state.pt"), state)
-            buffer.forget(self.path("checkpoint"), lambda start, end: end <= buffer.count - len(buffer.rows))
-            self.writer.flush()
-
-    def close(self):
-        with contextlib.suppress(OSError):
-            if self.writer:
-                self.writer.close()
-        if self.wandb:
-            self.wandb.finish()
-        self.lock.close()
-
-
-class Stop:
-    """While entered, Ctrl-C or SIGTERM is kept in `signal` for the loop to see. A second Ctrl-C ends the program; a second
-    SIGTERM does not, as schedulers send more than one and kill in the end anyway.
-    """
-
-    signal = None
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self.keep) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def keep(self, number, frame):
-        self.signal = signal.Signals(number)
-        if number == signal.SIGINT:
-            self.__exit__()
-
-    def __exit__(self, *_):
-        for number, handler in getattr(self, "before", {}).items():
-            signal.signal(number, handler)
-
-
-def make_buffer(args, env, rng, device):
-    """Return the replay buffer for this run, after saying how much memory it will take, or exit if that is too much."""
-    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    capacity = min(args.buffer_size, args.total_timesteps)
-    row_bytes = 4 * (2 * obs_dim + action_dim + 2)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
-    if capacity * row_bytes > memory:
-        sys.exit(
-            f"--buffer-size {args.buffer_size}: takes {capacity * row_bytes / 1e9:.1f} GB of memory and the machine has "
-            f"{memory / 1e9:.1f} GB; --buffer-size {int(0.8 * memory / row_bytes)} fits"
-        )
-    print(f"replay buffer: {capacity * row_bytes / 1e9:.2f} GB once its {capacity} transitions are written")
-    return ReplayBuffer(capacity, obs_dim, action_dim, rng, device)
-
-
-def prepare(args):
-    """Seed torch, set how it computes, and return the device."""
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.set_flush_denormal(True)  # numbers below 1e-38 change nothing and slow some processors down
-    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-
-
-def train(args):
-    """Train. Return the mean return of every evaluation since the beginning of the run, in order."""
-    check(args)
-    device = prepare(args)
-    rng = np.random.default_rng(args.seed)
-    env, eval_env = make_env(args.env_id), Film(make_env(args.env_id, "rgb_array" if args.capture_video else None))
-    buffer = make_buffer(args, env, rng, device)
-    agent = DDPG(env.observation_space.shape[0], env.action_space.shape[0], args).to(device)
-    update = compiled(agent.update) if args.compile else agent.update
-    episode = Episode(env, args.seed)
-    noise = OrnsteinUhlenbeck(env.action_space.shape[0], args.ou_theta, args.ou_sigma, rng)
-    evaluations, losses = [], {}
-    identity = {"format": CHECKPOINT_FORMAT, "script": os.path.basename(__file__), "env_id": args.env_id, "seed": args.seed}
-
-    def restore():
-        """Set everything as it was at the last checkpoint, and return its step."""
-        state = read(logger.path("checkpoint", "state.pt"))
-        for key, ours in identity.items():
-            if (theirs := state.get("identity", {}).get(key)) != ours:
-                sys.exit(f"--resume {args.resume}: the {key} of this checkpoint is {theirs}, that of this run {ours}")
-        try:
-            agent.load_state_dict(state["agent"])
-            buffer.load(logger.path("checkpoint"), state["count"])
-            episode.load_state_dict(state["episode"])
-            noise.state = state["noise"].numpy()
-            rng.bit_generator.state = json.loads(state["rng"])
-            torch.set_rng_state(state["torch_rng"])
-            if device.type == "cuda" and state["cuda_rng"] is not None:
-                torch.cuda.set_rng_state(state["cuda_rng"])
-        except (KeyError, RuntimeError, TypeError, ValueError, OSError) as error:
-            sys.exit(f"--resume {args.resume}: this checkpoint does not fit or is not whole: {' '.join(str(error).split())}")
-        evaluations.extend(state["evaluations"])
-        return state["global_step"]
-
-    def save(step):
-        state = {
-            "identity": identity,
-            "agent": agent.state_dict(),
-            "count": buffer.count,
-            "episode": episode.state_dict(),
-            "noise": torch.from_numpy(noise.state),
-            "rng": json.dumps(rng.bit_generator.state),
-            "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
-            "evaluations": evaluations,
-            "global_step": step,
-        }
-        logger.save_checkpoint(state, buffer)
-
-    def report_evaluation(step):
-        with logger.writing() if args.capture_video else contextlib.nullcontext():
-            if args.capture_video:
-                eval_env.film(logger.path("videos", f"step_{step}"))
-            returns, lengths = evaluate(agent.actor, eval_env, args.eval_episodes, args.seed + EVAL_SEED_OFFSET)
-        logger.log_evaluation(returns, lengths, step)
-        if args.save_model:
-            logger.save_policy({"env_id": args.env_id, "actor": agent.actor.state_dict()})
-        evaluations.append(float(np.mean(returns)))
-        status = f"eval return {evaluations[-1]:.2f}"
-        bar.set_postfix_str(status)
-        bar.write(f"step {step}: {status}, {sps} steps/s", file=sys.stdout)
-        sys.stdout.flush()
-
-    def check_sane(values, step):
-        """Exit if training has diverged."""
-        values = values | {"a network weight": sum(p.detach().sum() for p in agent.params).item()}
-        for key, value in values.items():
-            if not math.isfinite(value):
-                sys.exit(
-                    f"step {step}: {key} is {value:g}, training has diverged; a lower --q-lr or --reward-scale usually helps"
-                )
-
-    progress = {"total": args.total_timesteps, "unit": " steps", "dynamic_ncols": True, "disable": not sys.stderr.isatty()}
-    with contextlib.closing(Logger(args)) as logger, Stop() as stop, contextlib.ExitStack() as stack:
-        start = restore() if args.resume else 0
-        logger.open(start)
-        bar = stack.enter_context(tqdm(initial=start, **progress))
-        bar.write(f"run folder: {logger.run_dir}", file=sys.stdout)
-        sps, clock = 0, time.time()
-        if start == 0:
-            report_evaluation(0)
-
-        for step in range(start + 1, args.total_timesteps + 1):
-            obs = episode.obs
+        name = run_dir.resolve().name  # also the id, so that a resumed run continues there
+        wandb.init(project=args.wandb_project_name, name=name, id=name, resume="allow", config=config, sync_tensorboard=True)
+    writer = SummaryWriter(run_dir, purge_step=start + 1 if start else None)
+    print(f"run folder: {run_dir}, replay buffer: up to {buffer.rows.nbytes / 1e6:,.1f} MB")
+    clock, speed = time.time(), ""
+    for step in tqdm(range(start, args.total_timesteps + 1), initial=start, total=args.total_timesteps + 1, disable=None):
+        last, logs = step == args.total_timesteps, {}
+        if step > start:  # the first pass only evaluates
             if step <= args.learning_starts:
-                action = rng.uniform(-1.0, 1.0, env.action_space.shape)
+                action = np.float32(rng.uniform(-1.0, 1.0, action_dim))
             else:
-                action = act(agent.actor, obs) + noise.sample()
-            next_obs, reward, terminated, truncated = episode.step(action)
+                noise += args.ou_sigma * rng.standard_normal(action_dim, np.float32) - args.ou_theta * noise
+                action = agent.actor.mean_action(obs) + noise
+            next_obs, reward, terminated, truncated, info = env.step(action)
+            if not (math.isfinite(reward) and np.isfinite(next_obs).all()):
+                sys.exit(f"step {step}: the environment returned a reward or an observation that is not finite")
             buffer.add(obs, action, reward, next_obs, terminated)
+            obs = next_obs
             if terminated or truncated:
-                ended = {"charts/episodic_return": episode.episodic_return, "charts/episodic_length": len(episode.actions)}
-                logger.log(ended, step)
-                episode.begin()
-                noise.reset()
-
+                logs |= {"charts/episodic_return": info["episode"]["r"], "charts/episodic_length": info["episode"]["l"]}
+                episode_seed = int(rng.integers(2**31))
+                (obs, _), noise = env.reset(seed=episode_seed), np.zeros(action_dim, np.float32)
             if step > args.learning_starts:
                 losses = update(buffer.sample(args.batch_size)[0], buffer.sample(args.batch_size))
+            if step % LOG_FREQUENCY == 0:
+                check_finite(losses, agent, step)
+                sps, clock = LOG_FREQUENCY / (time.time() - clock), time.time()
+                speed = f", {sps:.0f} steps/s"
+                logs |= losses | {"charts/SPS": sps}
 
-            last, stopped = step == args.total_timesteps, stop.signal
-            checkpoint = stopped or (args.checkpoint_frequency and (step % args.checkpoint_frequency == 0 or last))
-            if step % LOG_FREQUENCY == 0 or checkpoint:
-                values = {key: value.item() for key, value in losses.items()}
-                if step % LOG_FREQUENCY == 0:
-                    sps, clock = int(LOG_FREQUENCY / (time.time() - clock)), time.time()
-                    logger.log(values | {"charts/SPS": sps}, step)
-                check_sane(values, step)
-            if step % args.eval_frequency == 0 or last:
-                report_evaluation(step)
-            if checkpoint:
-                save(step)
-            bar.update()
-            if stopped:
-                bar.write(f"step {step}: {stopped.name}; go on with --resume {logger.run_dir}", file=sys.stderr)
-                sys.exit(128 + stopped)
-    return evaluations
-
-
-def watch(args):
-    """Evaluate a saved policy: the same episodes as in training, and so the same returns as its last evaluation."""
-    check(args)
-    policy = read(os.path.join(args.evaluate, "policy.pt"))
-    device = prepare(args)
-    mode = "human" if args.render else "rgb_array" if args.capture_video else None
-    try:
-        env = Film(make_env(policy["env_id"], mode))
-        actor = Actor(env.observation_space.shape[0], env.action_space.shape[0]).to(device)
-        actor.load_state_dict(policy["actor"])
-    except (KeyError, RuntimeError, TypeError) as error:
-        sys.exit(f"--evaluate {args.evaluate}: policy.pt is not one of this script ({' '.join(str(error).split())})")
-    try:
-        if args.capture_video:
-            env.film(os.path.join(args.evaluate, "videos", "evaluate"))
-        returns, lengths = evaluate(actor, env, args.eval_episodes, args.seed + EVAL_SEED_OFFSET)
-    except OSError as error:
-        sys.exit(f"{args.evaluate}: cannot write the video ({error.strerror or error})")
-    for i, (episode_return, length) in enumerate(zip(returns, lengths, strict=True)):
-        print(f"episode {i}: return {episode_return}, {length} steps")
-    print(f"mean return {np.mean(returns):.2f} over {args.eval_episodes} episodes")
-    env.close()
+        if (step % args.eval_frequency == 0 or last) and not (evaluations and evaluations[-1][0] == step):
+            if results := evaluate(agent.actor, eval_env, args, run_dir / f"step_{step}.mp4"):
+                evaluations += [[step, episode, *result] for episode, result in enumerate(results)]
+                rows = [["global_step", "episode", "episodic_return", "episodic_length"], *evaluations]
+                write(run_dir / "evaluations.csv", "".join(",".join(map(str, row)) + "\n" for row in rows))
+                write(run_dir / "policy.pt", agent.actor.state_dict())
+                mean, length = np.mean(results, 0)
+                logs |= {"eval/episodic_return": mean, "eval/episodic_length": length}
+                tqdm.write(f"step {step}: eval return {mean:.2f}{speed}")
+        for name, value in logs.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+        stop = signals[:1]  # read once: a later signal waits for the next step
+        if stop or (args.checkpoint_frequency and step > start and (step % args.checkpoint_frequency == 0 or last)):
+            check_finite(losses, agent, step)
+            transitions.writelines(buffer.last(min(buffer.count - saved, len(buffer.rows)), transitions))
+            transitions.flush()
+            saved = buffer.count
+            state = {"step": step, "evaluations": evaluations, "episode": [episode_seed, env.episode_lengths], "count": saved}
+            state |= {"torch_rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
+            state |= {"agent": agent.state_dict(), "rng": json.dumps(rng.bit_generator.state), "noise": noise.tolist()}
+            write(run_dir / "checkpoint.pt", state)
+        if stop:
+            tqdm.write(f"step {step}: {signal.Signals(stop[0]).name}; continue with --resume {run_dir}", file=sys.stderr)
+            sys.exit(128 + stop[0])
+    print(f"finished; the results are in {run_dir}")
+    return run_dir
 
 
-def command_line():
-    """Return the flags; with --resume and --evaluate those that are not given are as in that run."""
+def parse_args():
+    """Return the flags. With --resume and --evaluate, those that are not given are the flags of that run."""
     args = tyro.cli(Args, description=__doc__.splitlines()[0])
-    if folder := args.resume or args.evaluate:
+    folder = args.resume if args.resume is not None else args.evaluate
+    if folder is not None:
         try:
-            with open(os.path.join(folder, "config.json")) as file:
-                config = json.load(file)
-            args = tyro.cli(Args, default=Args(**{name: config[name] for name in asdict(args)}))
+            config = json.loads(Path(folder, "config.json").read_text())
+            script, _ = config.pop("script"), config.pop("provenance")
+            args = tyro.cli(Args, default=Args(**config))
+            if (script, args.env_id, args.seed) != (Path(__file__).name, config["env_id"], config["seed"]):
+                raise ValueError(f"a run of {script} with --env-id {config['env_id']} and --seed {config['seed']}")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            sys.exit(f"{folder}: not the folder of a run of this script ({type(error).__name__}: {error})")
-    if args.render and not args.evaluate:
-        sys.exit("--render: goes with --evaluate; --capture-video writes videos while training")
-    if args.render and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
-        sys.exit("--render: there is no screen here (DISPLAY is not set); --capture-video needs none")
+            sys.exit(f"{folder!r}: this script cannot resume or evaluate it ({error})")
     return args
 
 
 if __name__ == "__main__":
-    args = command_line()
-    watch(args) if args.evaluate else train(args)
+    sys.path.insert(0, "")  # for --env-id my_module:MyTask-v0
+    sys.stdout.reconfigure(line_buffering=True)
+    warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is what the literature reports
+
+    def on_signal(number, _):
+        signals.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    try:
+        main(parse_args())
+    except OSError as error:
+        sys.exit(f"cannot read or write: {error}")
