@@ -1,0 +1,449 @@
+"""Smoothie with the smoothed critic in closed form: our variant of Nachum et al. (ICML 2018), exact where theirs samples.
+
+    Q~(s, a) = E[Q(s, a~)],  a~ ~ N(a, Sigma)                                                                    (9)
+
+The action enters a ReLU critic at its last hidden layer: Q(s, a) = w.relu(z) + c with z = W_s e(s) + W_a a + b. Around a, unit
+j sees a Gaussian of mean z_j and variance s_j^2 = sum_i (W_a)_ji^2 Sigma_ii. With u ~ N(0, 1) and u pdf(u) = -pdf'(u),
+
+    E[relu(z + s u)] = z cdf(z/s) + s pdf(z/s),   whose derivatives in z are cdf(z/s) and pdf(z/s) / s,   so that
+
+    Q~(s, a)    = w.(z cdf(z/s) + s pdf(z/s)) + c
+    dQ~/da      = (w * cdf(z/s)) W_a             grad_theta O = E_s[ dQ~/da  at a = mu(s), times grad_theta mu(s) ]   (13)
+    d2Q~/da_i^2 = (w * pdf(z/s) / s) (W_a^2)_i   grad_phi   O = E_s[ 1/2 d2Q~/da2 at a = mu(s), times grad_phi Sigma ] (15)
+
+Theorem 1 (14) holds by construction. Q is learned at the replayed actions on r + gamma Q~'(s', mu'(s')): (16) with an exact
+expectation, no phantom actions and no assumption about the buffer. max O_TR = O - lambda E_s[ KL(pi || pi_old) ]       (20)
+
+    theta        actor.parameters()     theta', phi', w'   target_actor, target_qf (Polyak averages at rate tau)
+    phi          actor.log_var          mu_theta(s)        actor(observations)
+    Sigma_phi    exp(actor.log_var)     dQ~/da, d2Q~/da2   qf.smoothed(observations, actions, log_var)
+    w            qf.parameters()        lambda             args.kl_coef
+Actions are in normalised units everywhere but inside the environment: 1 is half the range of that dimension.
+"""
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==3.3.7", "numpy==2.4.6", "tyro==1.0.17",
+#     "tensorboard==2.21.0", "tqdm==4.70.1", "wandb==0.31.0", "imageio-ffmpeg==0.8.1"]
+# ///
+
+import copy
+import hashlib
+import importlib.metadata
+import io
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import imageio
+import numpy as np
+import torch
+import tyro
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+LOG_FREQUENCY = 100  # environment steps between two records of the losses
+signals = []  # Ctrl-C and SIGTERM, until the training loop looks
+
+
+@dataclass
+class Args:
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
+    seed: int = 1  # seed of the networks, exploration, replay and environment
+    cuda: bool = True  # use the GPU if there is one
+    compile: bool = True  # compile the update into one graph: slower to start, then about twice as fast
+    threads: int = 1  # CPU threads that PyTorch uses
+    track: bool = False  # mirror every logged value to Weights & Biases
+    wandb_project_name: str = "smoothie"  # the Weights & Biases project
+    env_id: str = "Hopper-v4"  # gymnasium task with bounded Box actions (Section 6.2)
+    total_timesteps: int = 1_000_000  # environment steps: N of Algorithm 1
+    learning_starts: int = 1_000  # first steps, uniformly random and without updates
+    buffer_size: int = 1_000_000  # transitions that the replay buffer keeps
+    batch_size: int = 64  # transitions in each of the two batches of an update: B of Algorithm 1
+    gamma: float = 0.99  # discount factor (Section 2.1)
+    tau: float = 0.01  # rate of the Polyak averages theta', phi', w': the target network lag of Algorithm 1
+    reward_scale: float = 0.1  # factor on the rewards that the critic sees (Section 6.2); logged returns are not scaled
+    policy_lr: float = 1e-4  # learning rate of theta, by Adam: eta_pi of Algorithm 1
+    q_lr: float = 1e-3  # learning rate of w, by Adam: eta_Q of Algorithm 1
+    max_grad_norm: float = 4.0  # bound on the norm of the critic's gradient; inf turns clipping off
+    log_var_init: float = -2.0  # phi_0, the initial log-variance of each action dimension, in normalised units (Section 6.2)
+    log_var_lr: float = 0.3  # learning rate of phi, by gradient ascent, divided by the running size of the values: eta_pi
+    kl_coef: float = 2e-5  # weight of the KL penalty, multiplied by the running size of the values: lambda of (20)
+    eval_frequency: int = 5_000  # environment steps between two evaluations of the mean action
+    eval_episodes: int = 10  # episodes of each evaluation
+    checkpoint_frequency: int = 0  # environment steps between two checkpoints; with 0, only Ctrl-C and SIGTERM write one
+    capture_video: bool = False  # write an MP4 of the first episode of each evaluation
+    resume: str | None = None  # continue the run in this folder from its last checkpoint, with its flags
+    evaluate: str | None = None  # do not train: evaluate the policy in this run folder
+
+
+def check(args):
+    """Exit with one sentence if a flag is out of range or NaN."""
+    limits = {"seed": (0, 2**31), "gamma": (0, 1), "tau": (1e-9, 1), "log_var_init": (-20, 0)}
+    for name, value in asdict(args).items():
+        low, high = limits.get(name, (1 if type(value) is int and name != "checkpoint_frequency" else 0, math.inf))
+        if type(value) in (int, float) and not low <= value <= high:
+            sys.exit(f"--{name.replace('_', '-')} {value}: must lie between {low:g} and {high:g}")
+    if args.batch_size > (rows := min(args.learning_starts, args.buffer_size)):
+        sys.exit(f"--batch-size {args.batch_size}: the replay buffer holds only {rows} transitions when learning starts")
+    if args.learning_starts >= args.total_timesteps:
+        sys.exit(f"--learning-starts {args.learning_starts}: nothing is learned in --total-timesteps {args.total_timesteps}")
+
+
+def make_env(env_id, render_mode=None):
+    """Return the task with flat observations, and with actions scaled from [-1, 1] to its bounds and clipped to them."""
+    try:
+        env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
+        if not isinstance(space := env.action_space, gym.spaces.Box) or not space.is_bounded():
+            raise ValueError(f"needs bounded Box actions, not {space}")
+        env = gym.wrappers.TransformAction(env, lambda action: np.clip(action, space.low, space.high), space)
+        env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), np.float32(-1), np.float32(1))
+    except (gym.error.Error, ImportError, NotImplementedError, ValueError) as error:
+        sys.exit(f"--env-id {env_id}: {' '.join(str(error).split())}")
+    return gym.wrappers.RecordEpisodeStatistics(env)
+
+
+class Actor(nn.Module):
+    """The Gaussian policy N(mu_theta(s), diag(exp(phi))): forward gives mu (batch, action_dim), log_var is phi."""
+
+    def __init__(self, obs_dim, action_dim, log_var_init):
+        super().__init__()
+        self.fc1, self.fc2, self.fc_mean = nn.Linear(obs_dim, 400), nn.Linear(400, 300), nn.Linear(300, action_dim)
+        for p in self.fc_mean.parameters():
+            nn.init.uniform_(p, -3e-3, 3e-3)
+        self.log_var = nn.Parameter(torch.full((action_dim,), log_var_init))
+
+    def forward(self, observations):
+        return torch.tanh(self.fc_mean(torch.relu(self.fc2(torch.relu(self.fc1(observations))))))
+
+    @torch.inference_mode()
+    def mean_action(self, obs):
+        """Return mu_theta(s) of one observation, both NumPy arrays."""
+        return self(torch.as_tensor(obs, dtype=torch.float32, device=self.log_var.device)).cpu().numpy()
+
+
+class QNetwork(nn.Module):
+    """Q_w(s, a) (batch,). The layer that the action enters is ReLU and the last hidden one, so smoothing has a closed form."""
+
+    def __init__(self, obs_dim, action_dim):
+        super().__init__()
+        self.fc1, self.fc2, self.fc_q = nn.Linear(obs_dim, 400), nn.Linear(400 + action_dim, 300), nn.Linear(300, 1)
+        for p in self.fc_q.parameters():
+            nn.init.uniform_(p, -3e-3, 3e-3)
+
+    def hidden(self, observations, actions):
+        return self.fc2(torch.cat([torch.relu(self.fc1(observations)), actions], 1))
+
+    def forward(self, observations, actions):
+        return self.fc_q(torch.relu(self.hidden(observations, actions))).squeeze(1)
+
+    def smoothed(self, observations, actions, log_var):
+        """Return Q~(s, a) (batch,), dQ~/da and the diagonal of d2Q~/da2 (batch, action_dim) for Sigma = diag(exp(log_var))."""
+        z, w, w_a = self.hidden(observations, actions), self.fc_q.weight, self.fc2.weight[:, -actions.shape[1] :]
+        std = (w_a.square() @ log_var.exp()).sqrt()
+        x = z / std
+        cdf, pdf = 0.5 * (1 + torch.erf(x / math.sqrt(2))), torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+        return self.fc_q(z * cdf + std * pdf).squeeze(1), (w * cdf) @ w_a, (w * pdf / std) @ w_a.square()
+
+
+class ReplayBuffer:
+    """The last `capacity` transitions, packed float32 rows (s, a~, r, s', terminated); a~ is kept as drawn, not clipped."""
+
+    def __init__(self, capacity, obs_dim, action_dim, rng, device="cpu"):
+        self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
+        self.rows = np.zeros((capacity, sum(self.widths)), dtype=np.float32)
+        self.count, self.rng, self.device = 0, rng, device
+
+    def add(self, obs, action, reward, next_obs, terminated):
+        self.rows[self.count % len(self.rows)] = np.concatenate([obs, action, [reward], next_obs, [terminated]])
+        self.count += 1
+
+    def sample(self, batch_size):
+        """Return observations (B, obs_dim), actions (B, action_dim), rewards (B,), next_observations, terminated (B,)."""
+        rows = self.rows[self.rng.integers(min(self.count, len(self.rows)), size=batch_size)]
+        obs, actions, rewards, next_obs, terminated = torch.from_numpy(rows).to(self.device).split(self.widths, 1)
+        return obs, actions, rewards.squeeze(1), next_obs, terminated.squeeze(1)
+
+    def last(self, n, file):
+        """Return views of the last n rows and move the file to their place; the i-th row ever added has byte i * row size."""
+        file.seek((self.count - n) * self.rows[0].nbytes)
+        i, j = (self.count - n) % len(self.rows), self.count % len(self.rows)
+        return [self.rows[i:j]] if i < j or n == 0 else [self.rows[i:], self.rows[:j]]
+
+
+class Adam(nn.Module):
+    """torch.optim.Adam (Kingma and Ba, 2015) in operations that torch.compile can put into one graph with the gradients."""
+
+    def __init__(self, params, lr):
+        super().__init__()
+        self.params, self.lr = params, lr
+        self.m, self.v = (nn.ParameterList(map(torch.zeros_like, params)).requires_grad_(False) for _ in range(2))
+        self.register_buffer("beta1_power", torch.ones(()))
+        self.register_buffer("beta2_power", torch.ones(()))
+
+    @torch.no_grad()
+    def step(self, grads, beta1=0.9, beta2=0.999, eps=1e-8):
+        bias1, bias2 = 1 - self.beta1_power.mul_(beta1), (1 - self.beta2_power.mul_(beta2)).sqrt()
+        for p, grad, m, v in zip(self.params, grads, self.m, self.v, strict=True):
+            m.lerp_(grad, 1 - beta1)
+            v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            p -= (self.lr * bias2 / bias1) * m / (v.sqrt() + eps * bias2)
+
+
+def kl_divergence(mean, log_var, old_mean, old_log_var):
+    """KL(N(mean, exp(log_var)) || N(old_mean, exp(old_log_var))) of diagonal Gaussians, mean over the batch (20)."""
+    return 0.5 * ((log_var.exp() + (mean - old_mean).square().mean(0)) / old_log_var.exp() - 1 + old_log_var - log_var).sum()
+
+
+class Smoothie(nn.Module):
+    """Algorithm 1: the networks, their optimisers and the update. state_dict() holds all of its state."""
+
+    def __init__(self, obs_dim, action_dim, args):
+        super().__init__()
+        self.args = args
+        self.actor, self.qf = Actor(obs_dim, action_dim, args.log_var_init), QNetwork(obs_dim, action_dim)
+        self.target_actor, self.target_qf = (copy.deepcopy(net).requires_grad_(False) for net in (self.actor, self.qf))
+        self.theta = [p for name, p in self.actor.named_parameters() if name != "log_var"]
+        self.w = list(self.qf.parameters())
+        self.actor_optimizer, self.q_optimizer = Adam(self.theta, args.policy_lr), Adam(self.w, args.q_lr)
+        self.register_buffer("value_scale", torch.ones(()))  # running mean of |target|
+
+    def update(self, observations, batch):
+        """One update of Algorithm 1: the policy on one batch, the critic on another, the targets. Return what to log."""
+        metrics = self.update_policy(observations) | self.update_critic(*batch)
+        with torch.no_grad():
+            for net, target in [(self.actor, self.target_actor), (self.qf, self.target_qf)]:
+                torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), self.args.tau)
+        return metrics
+
+    def update_policy(self, observations):
+        """One step of theta along (13) and of phi along (15), both minus lambda times the gradient of the KL of (20)."""
+        mean, log_var = self.actor(observations), self.actor.log_var
+        with torch.no_grad():
+            _, gradient, hessian = self.qf.smoothed(observations, mean, log_var)
+            old_mean, old_log_var = self.target_actor(observations), self.target_actor.log_var
+        objective = (gradient * mean).sum(1).mean() + 0.5 * (hessian.mean(0) * log_var.exp()).sum()  # gradients: (13), (15)
+        kl = kl_divergence(mean, log_var, old_mean, old_log_var)
+        loss = self.args.kl_coef * self.value_scale * kl - objective
+        *theta_grads, phi_grad = torch.autograd.grad(loss, [*self.theta, log_var])
+        self.actor_optimizer.step(theta_grads)
+        with torch.no_grad():
+            log_var -= self.args.log_var_lr / self.value_scale * phi_grad
+            log_var.clamp_(max=0.0)  # sigma <= half the range: a wider policy acts at the bounds, and nothing narrows it
+        return {"losses/actor_loss": loss.detach(), "losses/kl": kl.detach(), "losses/hessian": hessian.mean()}
+
+    def update_critic(self, observations, actions, rewards, next_observations, terminated):
+        """One step of w on (16), in closed form. A time limit bootstraps, a termination does not."""
+        with torch.no_grad():
+            next_means, log_var = self.target_actor(next_observations), self.target_actor.log_var
+            next_values, *_ = self.target_qf.smoothed(next_observations, next_means, log_var)
+            targets = self.args.reward_scale * rewards + self.args.gamma * (1 - terminated) * next_values
+            self.value_scale.lerp_(targets.abs().mean(), self.args.tau).clamp_(min=1e-6)
+        values = self.qf(observations, actions)
+        loss = (values - targets).square().mean()
+        grads = torch.autograd.grad(loss, self.w)
+        norm = torch.nn.utils.get_total_norm(grads)
+        self.q_optimizer.step(torch._foreach_mul(grads, (self.args.max_grad_norm / norm).clamp(max=1.0)))
+        metrics = {"losses/qf1_loss": loss.detach(), "losses/qf1_values": values.detach().mean()}
+        return metrics | {"losses/value_scale": self.value_scale}
+
+
+def compile_update(update):
+    """Return update() as one graph, on a GPU a CUDA graph, or as it is where nothing can be compiled."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(8))
+    except Exception as error:  # no C++ compiler or no headers, say
+        print(f"cannot compile, so updates will be slower ({type(error).__name__})", file=sys.stderr)
+        return update
+    print("the first update compiles, which takes up to a minute")
+    torch._dynamo.config.trace_autograd_ops = True  # the gradients belong to the graph
+    options = {"fallback_random": True, "cpp.use_decompose_tanh": True}  # same random numbers as without; a faster tanh
+    options |= {"triton.cudagraphs": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}  # all shapes stay
+    return torch.compile(update, fullgraph=True, isolate_recompiles=True, options=options)
+
+
+def evaluate(actor, env, args, video):
+    """Return [undiscounted return, length] of each episode of the mean action, or None if a signal interrupts."""
+    results, film = [], args.capture_video and imageio.get_writer(video, fps=env.metadata["render_fps"], macro_block_size=2)
+    for episode in range(args.eval_episodes):
+        obs, info = env.reset(seed=10_000 + args.seed + episode)
+        while "episode" not in info:  # RecordEpisodeStatistics puts it into the last step's
+            if film and episode == 0:
+                film.append_data(env.render())
+            obs, *_, info = env.step(actor.mean_action(obs))
+            if signals:
+                return None
+        results.append([float(info["episode"]["r"]), info["episode"]["l"]])
+    return results
+
+
+def write(path, content):
+    """Replace the file by a string, or by a dict as torch.save writes it; a kill or a full disk leaves the old file."""
+    if isinstance(content, dict):
+        torch.save(content, buffer := io.BytesIO())
+    new = Path(f"{path}.new")
+    new.write_bytes(buffer.getbuffer() if isinstance(content, dict) else content.encode())
+    new.replace(path)
+
+
+def check_finite(losses, agent, step):
+    for name, tensor in [*losses.items(), *agent.named_parameters()]:
+        if not tensor.isfinite().all():
+            sys.exit(f"step {step}: {name} is not finite, training has diverged; a lower --q-lr or --reward-scale may help")
+
+
+def main(args):
+    """Train, or evaluate a trained policy."""
+    check(args)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)  # numbers below 1e-38 change nothing and slow some processors down
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    rng = np.random.default_rng(args.seed)
+    env, eval_env = make_env(args.env_id), make_env(args.env_id, "rgb_array" if args.capture_video else None)
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    agent = Smoothie(obs_dim, action_dim, args).to(device)
+    if args.evaluate is not None:
+        agent.actor.load_state_dict(torch.load(Path(args.evaluate, "policy.pt"), device, weights_only=True))
+        results = evaluate(agent.actor, eval_env, args, Path(args.evaluate, "evaluate.mp4")) or sys.exit(128 + signals[0])
+        return print(f"mean return {np.mean(results, 0)[0]:.2f}; return and length of each episode: {results}")
+    qf, s, a = copy.deepcopy(agent.qf).cpu().double(), torch.randn(1, obs_dim).double(), torch.randn(1, action_dim).double()
+    in_value, in_gradient, _ = torch.func.jacrev(qf.smoothed, 1)(s, a, phi := torch.zeros(action_dim).double())
+    exact = qf(s, a), in_value[0], in_gradient[0, :, 0].diagonal()
+    found = qf.smoothed(s, a, phi - 40)[0], *qf.smoothed(s, a, phi)[1:]  # without covariance the smoothed value is the value
+    if any((x - y).norm() > 1e-6 * y.norm() for x, y in zip(found, exact, strict=True)):
+        sys.exit("QNetwork: smoothed is not the average of forward, or its derivatives are not its own; change them together")
+    update = compile_update(agent.update) if args.compile else agent.update
+    buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), obs_dim, action_dim, rng, device)
+    start, saved, episode_seed, episode_length, evaluations, history, losses = 0, 0, int(rng.integers(2**31)), 0, [], [], {}
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+    run_dir = Path(args.resume or Path("runs", name))
+    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+    transitions = open(run_dir / "transitions.f32", "r+b" if args.resume else "wb")
+    if args.resume:
+        try:  # weights_only: nothing in the file can run code
+            state = torch.load(run_dir / "checkpoint.pt", "cpu", weights_only=True)
+            agent.load_state_dict(state["agent"])
+            start, evaluations, (episode_seed, episode_length) = state["step"], state["evaluations"], state["episode"]
+            history = json.loads((run_dir / "config.json").read_text())["provenance"]
+            rng.bit_generator.state = json.loads(state["rng"])
+            torch.set_rng_state(state["torch_rng"][0])
+            torch.cuda.set_rng_state_all(state["torch_rng"][1:])
+            saved = buffer.count = state["count"]
+            if any(transitions.readinto(v) < v.nbytes for v in buffer.last(min(saved, len(buffer.rows)), transitions)):
+                raise ValueError("transitions are missing")
+        except Exception as error:  # a damaged or hostile file can raise anything
+            sys.exit(f"{run_dir}: the checkpoint is missing, damaged or of another network ({type(error).__name__})")
+        if start > args.total_timesteps:
+            sys.exit(f"--total-timesteps {args.total_timesteps}: this run has taken {start} steps already")
+    obs, _ = env.reset(seed=episode_seed)
+    for i in range(buffer.count - episode_length, buffer.count):  # replay the episode in progress
+        row = buffer.rows[i % len(buffer.rows)]
+        obs, *_ = env.step(row[obs_dim : obs_dim + action_dim])
+    if episode_length and not np.array_equal(np.float32(obs), row[-obs_dim - 1 : -1]):
+        sys.exit(f"{run_dir}: the environment does not repeat its episode, so it is not deterministic given its seed")
+    script, git = Path(__file__).resolve(), "git describe --always --dirty --abbrev=40"
+    commit = subprocess.run(git, shell=True, cwd=script.parent, capture_output=True, text=True).stdout.strip() or None
+    made_by = {package: importlib.metadata.version(package) for package in ("torch", "gymnasium", "mujoco", "numpy")}
+    made_by |= {"commit": commit, "script_sha256": hashlib.sha256(script.read_bytes()).hexdigest()}
+    config = asdict(args) | {"resume": None, "script": script.name, "provenance": [*history, made_by]}
+    write(run_dir / "config.json", json.dumps(config, indent=2))
+    if args.track:
+        import wandb
+
+        name = run_dir.resolve().name  # also the id, so that a resumed run continues there
+        wandb.init(project=args.wandb_project_name, name=name, id=name, resume="allow", config=config, sync_tensorboard=True)
+    writer = SummaryWriter(run_dir, purge_step=start + 1 if start else None)
+    print(f"run folder: {run_dir}, replay buffer: up to {buffer.rows.nbytes / 1e6:,.1f} MB")
+    clock, speed = time.time(), ""
+    for step in tqdm(range(start, args.total_timesteps + 1), initial=start, total=args.total_timesteps + 1, disable=None):
+        std, last, logs = (0.5 * agent.actor.log_var.detach()).exp(), step == args.total_timesteps, {}
+        if step > start:  # the first pass only evaluates
+            if step <= args.learning_starts:
+                action = np.float32(rng.uniform(-1.0, 1.0, action_dim))
+            else:
+                action = agent.actor.mean_action(obs) + std.cpu().numpy() * rng.standard_normal(action_dim, np.float32)
+            next_obs, reward, terminated, truncated, info = env.step(action)
+            if not (math.isfinite(reward) and np.isfinite(next_obs).all()):
+                sys.exit(f"step {step}: the environment returned a reward or an observation that is not finite")
+            buffer.add(obs, action, reward, next_obs, terminated)
+            obs = next_obs
+            if terminated or truncated:
+                logs |= {"charts/episodic_return": info["episode"]["r"], "charts/episodic_length": info["episode"]["l"]}
+                episode_seed = int(rng.integers(2**31))
+                obs, _ = env.reset(seed=episode_seed)
+            if step > args.learning_starts:
+                losses = update(buffer.sample(args.batch_size)[0], buffer.sample(args.batch_size))
+            if step % LOG_FREQUENCY == 0:
+                check_finite(losses, agent, step)
+                sps, clock = LOG_FREQUENCY / (time.time() - clock), time.time()
+                speed = f", {sps:.0f} steps/s"
+                logs |= losses | {"charts/SPS": sps} | {f"policy/std_{i}": std_i for i, std_i in enumerate(std)}
+
+        if (step % args.eval_frequency == 0 or last) and not (evaluations and evaluations[-1][0] == step):
+            if results := evaluate(agent.actor, eval_env, args, run_dir / f"step_{step}.mp4"):
+                evaluations += [[step, episode, *result] for episode, result in enumerate(results)]
+                rows = [["global_step", "episode", "episodic_return", "episodic_length"], *evaluations]
+                write(run_dir / "evaluations.csv", "".join(",".join(map(str, row)) + "\n" for row in rows))
+                write(run_dir / "policy.pt", agent.actor.state_dict())
+                mean, length = np.mean(results, 0)
+                logs |= {"eval/episodic_return": mean, "eval/episodic_length": length}
+                tqdm.write(f"step {step}: eval return {mean:.2f}, policy std {std.mean():.3f}{speed}")
+        for name, value in logs.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+        stop = signals[:1]  # read once: a later signal waits for the next step
+        if stop or (args.checkpoint_frequency and step > start and (step % args.checkpoint_frequency == 0 or last)):
+            check_finite(losses, agent, step)
+            transitions.writelines(buffer.last(min(buffer.count - saved, len(buffer.rows)), transitions))
+            transitions.flush()
+            saved = buffer.count
+            state = {"step": step, "evaluations": evaluations, "episode": [episode_seed, env.episode_lengths], "count": saved}
+            state |= {"torch_rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
+            state |= {"agent": agent.state_dict(), "rng": json.dumps(rng.bit_generator.state)}
+            write(run_dir / "checkpoint.pt", state)
+        if stop:
+            tqdm.write(f"step {step}: {signal.Signals(stop[0]).name}; continue with --resume {run_dir}", file=sys.stderr)
+            sys.exit(128 + stop[0])
+    print(f"finished; the results are in {run_dir}")
+    return run_dir
+
+
+def parse_args():
+    """Return the flags. With --resume and --evaluate, those that are not given are the flags of that run."""
+    args = tyro.cli(Args, description=__doc__.splitlines()[0])
+    folder = args.resume if args.resume is not None else args.evaluate
+    if folder is not None:
+        try:
+            config = json.loads(Path(folder, "config.json").read_text())
+            script, _ = config.pop("script"), config.pop("provenance")
+            args = tyro.cli(Args, default=Args(**config))
+            if (script, args.env_id, args.seed) != (Path(__file__).name, config["env_id"], config["seed"]):
+                raise ValueError(f"a run of {script} with --env-id {config['env_id']} and --seed {config['seed']}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            sys.exit(f"{folder!r}: this script cannot resume or evaluate it ({error})")
+    return args
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, "")  # for --env-id my_module:MyTask-v0
+    sys.stdout.reconfigure(line_buffering=True)
+    warnings.filterwarnings("ignore", message=".*is out of date")  # v4 is what the literature reports
+
+    def on_signal(number, _):
+        signals.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    try:
+        main(parse_args())
+    except OSError as error:
+        sys.exit(f"cannot read or write: {error}")
