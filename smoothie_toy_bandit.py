@@ -1,18 +1,22 @@
 """Smoothie against DDPG on a one-step task with two modes (Nachum et al., ICML 2018, Sections 3 and 6.1, Figures 1 and 2).
 
-The reward is a mixture of two Gaussian bumps and the policy N(mu, sigma^2) starts on the worse one. Q itself slopes back to
+The reward is a mixture of two Gaussian bumps, and the policy N(mu, sigma^2) starts on the worse one. The reward slopes back to
 that bump; smoothed by the policy it slopes to the better one. For bumps the smoothed value (9) has a closed form, with
 v = width^2 + sigma^2:
 
     Q~(a) = sum_k height_k * width / sqrt(v) * exp(-(a - mode_k)^2 / (2 v))
 
-so the gradient flow of (10) and Theorem 1 is known exactly, and the figure draws it beside what is learned.
+so the gradient flow of (10) and Theorem 1 is known exactly. The figure draws it beside what is learned, by four methods:
 
-The replay buffer is the trap. Where it holds only the policy's own actions a~ ~ N(mu, Sigma), the phantom actions
-a ~ N(a~, Sigma) say of a~ that it is N((a + mu) / 2, Sigma / 2), a narrower smoothing than (9), and Smoothie does not escape.
-Section 4.2 names the mend: weight each error by 1 / q(a~), where q is the density of the actions in the buffer (18). Here q is
-the average of all policies that filled it, kept on a grid; the weights are capped, and divided by their sum in the batch. The
-run without weights is printed too.
+    smoothie                  phantom actions, each error weighted by 1 / q(a~) as in (18)
+    smoothie without weights  the same with weights of 1
+    closed form               a ReLU critic of the reward itself, smoothed exactly as in smoothie_closed_form.py
+    ddpg                      a critic of the reward itself; sigma stays as it is
+
+The replay buffer is the trap. It holds the policy's own actions a~ ~ N(mu, Sigma), so a phantom action a ~ N(a~, Sigma) says
+that a~ is N((a + mu) / 2, Sigma / 2). That is a narrower smoothing than (9), and without weights Smoothie does not escape.
+With the weights it does. Here q is the average of all policies that filled the buffer, kept on a grid; the weights are capped,
+and divided by their sum in the batch. The closed form needs no weights, as it assumes nothing about the buffer.
 
 All seeds train side by side: the first dimension of every tensor below is the seed.
 """
@@ -101,17 +105,32 @@ class QNetwork(torch.nn.Module):
         h = torch.tanh(actions.unsqueeze(2) * self.w_a + self.b)
         return (h * self.w).sum(2) + self.c
 
-    def action_derivatives(self, actions):
-        """Return dQ/da and d2Q/da2 at one action for each seed, (seeds,), in closed form as the other scripts do."""
+    def action_derivatives(self, actions, log_var):
+        """Return dQ/da and d2Q/da2 at one action for each seed, (seeds,), in closed form; log_var is not needed."""
         h = torch.tanh(actions.view(-1, 1, 1) * self.w_a + self.b)
         slope = (1 - h * h) * self.w
         return (slope * self.w_a).sum((1, 2)), (-2 * h * slope * self.w_a**2).sum((1, 2))
 
 
-def train(args, smoothed, weighted):
-    """Return the path (steps, seeds, 2) of mu and sigma. Smoothie learns both, DDPG (smoothed=False) only mu."""
+class ReLUNetwork(QNetwork):
+    """One critic of ReLU units for each seed, whose Gaussian average has a closed form."""
+
+    def forward(self, actions):
+        h = torch.relu(actions.unsqueeze(2) * self.w_a + self.b)
+        return (h * self.w).sum(2) + self.c
+
+    def action_derivatives(self, actions, log_var):
+        """Return dQ~/da and d2Q~/da2 of the smoothed value at one action for each seed, (seeds,)."""
+        s = self.w_a.abs() * (0.5 * log_var).exp().view(-1, 1, 1)
+        x = (actions.view(-1, 1, 1) * self.w_a + self.b) / s
+        cdf, pdf = 0.5 * (1 + torch.erf(x / math.sqrt(2))), torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+        return (self.w * cdf * self.w_a).sum((1, 2)), (self.w * pdf / s * self.w_a**2).sum((1, 2))
+
+
+def train(args, method):
+    """Return the path (steps, seeds, 2) of mu and sigma."""
     generator = torch.Generator().manual_seed(args.seed)
-    qf = QNetwork(args.seeds, generator)
+    qf = ReLUNetwork(args.seeds, generator, units=64) if method == "closed form" else QNetwork(args.seeds, generator)
     optimizer = torch.optim.Adam(qf.parameters(), lr=args.q_lr, fused=True)
     mean = torch.full((args.seeds,), MODES[0])
     log_var = torch.full((args.seeds,), 2 * math.log(STD_INIT))
@@ -136,19 +155,19 @@ def train(args, smoothed, weighted):
 
         if step >= args.learning_starts:
             with torch.no_grad():
-                gradient, hessian = qf.action_derivatives(mean)
+                gradient, hessian = qf.action_derivatives(mean, log_var)
                 alive = log_var < 2 * math.log(MAX_STD)
                 mean = mean + args.policy_lr * gradient * alive  # (13)
-                if smoothed:
+                if method != "ddpg":
                     log_var = log_var + args.log_var_lr * 0.5 * hessian * log_var.exp() * alive  # (15), Sigma = exp(phi)
 
         index = torch.randint(count, (args.seeds, args.batch_size), generator=generator)
         a = actions.gather(1, index)
         targets = reward(a)  # one step: the value of a~ is its reward
         weights = torch.ones_like(a)
-        if weighted:
+        if method == "smoothie":
             weights = (count / density.gather(1, cells.gather(1, index))).clamp(max=args.max_weight)  # 1 / q(a~)
-        if smoothed:
+        if method.startswith("smoothie"):
             a = a + (0.5 * log_var).exp().unsqueeze(1) * torch.randn(a.shape, generator=generator)  # phantom actions
         errors = (qf(a) - targets) ** 2
         loss = ((weights * errors).sum(1) / weights.sum(1)).sum()  # (18)
@@ -161,24 +180,23 @@ def train(args, smoothed, weighted):
 
 def plot(paths, flow, output):
     """Draw Figure 2: the policy of every seed over training, the median bold, and the landscape it climbs."""
-    smoothie, ddpg = "#0072B2", "#D55E00"  # two colours that colour-blind readers can tell apart
     figure, axes = plt.subplot_mosaic([["mean", "reward"], ["std", "reward"]], figsize=(10, 4.2), layout="constrained")
-    for name, color in [("smoothie", smoothie), ("ddpg", ddpg)]:
+    curves = {"closed form": ("#009E73", "Smoothie in closed form"), "smoothie": ("#0072B2", "Smoothie")}
+    curves |= {"ddpg": ("#D55E00", "DDPG")}
+    for name, (color, label) in curves.items():  # colours that colour-blind readers can tell apart
         for i, key in enumerate(["mean", "std"]):
             values = paths[name][:, :, i]
             axes[key].plot(values, color=color, alpha=0.2, linewidth=0.6)
-            axes[key].plot(
-                np.nanmedian(values, 1), color=color, linewidth=2.2, label={"smoothie": "Smoothie", "ddpg": "DDPG"}[name]
-            )
+            axes[key].plot(np.nanmedian(values, 1), color=color, linewidth=2.2, label=label)
     for i, key in enumerate(["mean", "std"]):
         axes[key].plot(flow[:, i], "k--", linewidth=1.4, label="exact gradient flow")
         axes[key].set_xlim(0, len(flow))
     axes["mean"].set(ylabel=r"policy mean $\mu$", xticklabels=[], ylim=(-1.5, 1.5))
     axes["std"].set(ylabel=r"policy std $\sigma$", xlabel="step", ylim=(0, 1.6))
-    axes["mean"].legend(loc="lower right", frameon=False, fontsize=8)
+    axes["std"].legend(loc="lower left", frameon=False, fontsize=8)
 
     a = np.linspace(-2.5, 2.5, 500)
-    axes["reward"].plot(a, reward(a), color="#009E73", linewidth=2, label="reward")
+    axes["reward"].plot(a, reward(a), color="0.3", linewidth=2, label="reward")
     axes["reward"].plot(a, smoothed_reward(a, STD_INIT)[0], color="#CC79A7", linewidth=2, label=r"smoothed by $\sigma = 1$")
     axes["reward"].axvline(MODES[0], color="0.6", linewidth=1, linestyle=":")
     axes["reward"].annotate("start", (MODES[0], 0.02), xytext=(4, 0), textcoords="offset points", color="0.4")
@@ -201,10 +219,10 @@ def main(args):
     for name in ("seeds", "total_timesteps", "prefill", "batch_size"):
         if getattr(args, name) < 1:
             sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    methods = {"smoothie": (True, True), "smoothie without weights": (True, False), "ddpg": (False, False)}
+    torch.set_num_threads(1)  # the tensors are small
     paths = {}
-    for name, (smoothed, weighted) in methods.items():
-        paths[name] = train(args, smoothed, weighted)
+    for name in ("smoothie", "smoothie without weights", "closed form", "ddpg"):
+        paths[name] = train(args, name)
         print(summary(name, paths[name]), flush=True)
     try:
         plot(paths, gradient_flow(args), args.output)
