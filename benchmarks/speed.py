@@ -1,12 +1,12 @@
-"""Steps a second of the three scripts and of Stable-Baselines3's and SBX's DDPG on the same work, measured in one call.
+"""Steps a second of our scripts and of Stable-Baselines3's and SBX's DDPG on the same work, measured in one call.
 
-Every contestant trains in a process of its own, pinned to the same cores: one environment, one update a step, networks of
-400 and 300 units, a million transitions of replay. All of them start and warm up (random steps, compilation); then they take
-turns, each running `--steps` environment steps while the others wait, `--repetitions` times. The scripts run as they are,
-with logging and divergence guard on; like its peers' loops, their windows hold no evaluation.
+Every contestant trains in its own process, pinned to the same cores: one environment, one update a step, networks of 400 and
+300 units, a million transitions of replay. All of them start and warm up (random steps, compilation). Then they take turns:
+each runs `--steps` environment steps while the others wait, `--repetitions` times. The scripts run as they are, with logging
+and the divergence guard. No loop evaluates.
 
-The floor replays the matrix products of one update of smoothie_continuous.py, recorded from the script itself, and steps the
-environment with random actions: nothing that does this work with the same matrix library can be faster.
+The floor replays the matrix products of one update of smoothie_continuous.py, recorded from the script, and steps the
+environment with random actions. Nothing that does this work with the same matrix library can be faster.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/speed.py --env-id Walker2d-v4 --output benchmarks/speed.md
@@ -30,9 +30,9 @@ import warnings
 from dataclasses import dataclass
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SCRIPTS = ("smoothie_continuous", "smoothie_no_kl", "ddpg_continuous")
+SCRIPTS = ("smoothie_continuous", "smoothie_no_kl", "smoothie_closed_form", "ddpg_continuous")
 CONTESTANTS = {
-    **{f"{script}.py{flag}": (script, bool(flag)) for script in SCRIPTS for flag in ("", " --compile")},
+    **{f"{script}.py{flag}": (script, not flag) for script in SCRIPTS for flag in ("", " --no-compile")},
     "Stable-Baselines3 DDPG": ("stable_baselines3", False),
     "SBX DDPG (JAX)": ("sbx", False),
     "floor: matrix products and environment alone": ("floor", False),
@@ -133,7 +133,7 @@ def contestant(module, compile, args):
             return paced(envs[0], **pace) if len(envs) == 1 else envs[-1]
 
         script.make_env = make_paced_env
-        script.train(
+        script.main(
             script.Args(
                 env_id=args.env_id,
                 batch_size=args.batch_size,
@@ -141,6 +141,7 @@ def contestant(module, compile, args):
                 eval_frequency=10**9,
                 total_timesteps=10**9,
                 compile=compile,
+                threads=args.threads,
                 cuda=args.cuda,
             )
         )
@@ -273,7 +274,7 @@ def table(args):
 
 def sweep(args):
     """The table of how the cost grows, as Markdown."""
-    names = ["smoothie_continuous.py", "smoothie_continuous.py --compile", "floor: matrix products and environment alone"]
+    names = ["smoothie_continuous.py", "smoothie_continuous.py --no-compile", "floor: matrix products and environment alone"]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     variants = [
         *[{"batch_size": size, "steps": max(50, args.steps * 64 // size)} for size in (64, 128, 256, 512, 1024)],
@@ -281,9 +282,9 @@ def sweep(args):
         *[{"threads": threads} for threads in range(2, min(cores, 4) + 1)],
     ]
     lines = [
-        f"`smoothie_continuous.py`, steps/s, median of {args.repetitions} windows; {machine(args)} where nothing else is said.",
+        f"`smoothie_continuous.py`, steps/s, median of {args.repetitions} windows; {machine(args)} unless said otherwise.",
         "",
-        "| task | batch | threads | as it is | `--compile` | floor |",
+        "| task | batch | threads | default | `--no-compile` | floor |",
         "|---|---|---|---|---|---|",
     ]
     for variant in variants:
