@@ -1,17 +1,26 @@
-"""benchmark.sh: cells that are finished, interrupted, failed and waiting."""
+"""benchmark.sh: finished, interrupted, failed and waiting cells."""
 
 import fcntl
 import glob
 import json
 import os
+import pathlib
+import pty
 import shlex
 import signal
 import subprocess
 import sys
+import termios
+import time
+
+import pytest
 
 from tests.conftest import ROOT, wait_for
 
-SHORT = ["--learning-starts", "100", "--batch-size", "16", "--eval-frequency", "100", "--eval-episodes", "1"]
+SHORT = ["--no-compile", "--learning-starts=100", "--batch-size=16", "--eval-frequency=100", "--eval-episodes=1"]
+NO_PYTHON = "/bin/true"  # saves the seconds that new figures take
+HOPPER = {"ENVS": "Hopper-v4", "SCRIPTS": "ddpg_continuous"}
+DONE, RUNNING, FAILED, WAITING = [tuple(map(int, row)) for row in ("1000", "0100", "0010", "0001")]
 
 
 def command(**settings):
@@ -25,15 +34,24 @@ def benchmark(*flags, **settings):
     return subprocess.run([*args, *flags], capture_output=True, text=True, env=env)
 
 
-def start(preexec_fn=None, **settings):
-    """Start benchmark.sh; preexec_fn makes a signal one that can be trapped, which it is not if a background job ignores it."""
+def start_in_terminal(**settings):
+    """Start benchmark.sh in the foreground of a new terminal. Return the process and the terminal's keyboard."""
+
+    def take_terminal():
+        for number in (signal.SIGINT, signal.SIGHUP):  # pytest may run where they are ignored
+            signal.signal(number, signal.SIG_DFL)
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     args, env = command(**settings)
-    output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*args, *SHORT], env=env, preexec_fn=preexec_fn, **output)
+    keyboard, terminal = pty.openpty()
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+    process = subprocess.Popen([*args, *SHORT], env=env, start_new_session=True, preexec_fn=take_terminal, **streams)
+    os.close(terminal)
+    return process, keyboard
 
 
 def run_folder(seed, rows, **flags):
-    """A run folder of ddpg_continuous on Hopper-v4 with these rows of evaluations.csv."""
+    """Make a run folder of ddpg_continuous on Hopper-v4 with these rows in evaluations.csv."""
     folder = f"out/runs/Hopper-v4__ddpg_continuous__{seed}__5"
     os.makedirs(folder)
     with open(f"{folder}/evaluations.csv", "w") as file:
@@ -43,71 +61,82 @@ def run_folder(seed, rows, **flags):
 
 
 def states(**settings):
-    """What --status tells: {(task, script): (cells done, running, failed, waiting)}."""
-    lines = benchmark("--status", **settings).stdout.splitlines()[1:]
-    return {
-        tuple(line.split()[:2]): tuple(map(int, line.split()[2:6]))
-        for line in lines
-        if line.split()[1].endswith(("_kl", "_continuous"))
-    }
+    """Return the cells in --status: {(task, script): (done, running, failed, waiting)}."""
+    rows = [line.split() for line in benchmark("--status", **settings).stdout.splitlines()[1:]]
+    return {tuple(row[:2]): tuple(map(int, row[2:6])) for row in rows if row[1].endswith(("_kl", "_continuous"))}
 
 
 def running():
-    """Return the process ids of the runs that benchmark.sh has started: they work in the folder it was given."""
+    """Return the process ids of the runs: these work in the folder RUNS."""
     pids = []
     for path in glob.glob("/proc/[0-9]*"):
         try:
             if os.readlink(f"{path}/cwd") == os.path.realpath("out"):
                 pids.append(int(path.split("/")[-1]))
-        except OSError:  # it has ended, or is another user's
+        except OSError:  # it has ended, or belongs to another user
             pass
     return pids
 
 
-HOPPER = {"ENVS": "Hopper-v4", "SCRIPTS": "ddpg_continuous"}
-DONE, RUNNING, FAILED, WAITING = [tuple(map(int, row)) for row in ("1000", "0100", "0010", "0001")]
+@pytest.fixture(autouse=True)
+def no_run_outlives_a_failed_test(in_empty_folder):
+    yield
+    for pid in running():
+        os.kill(pid, signal.SIGKILL)
 
 
-def test_what_is_finished_is_skipped_and_what_failed_is_reported():
+def logs():
+    """Return the logs of all cells."""
+    return "".join(pathlib.Path(path).read_text() for path in glob.glob("out/*.log"))
+
+
+def test_finished_cells_are_skipped_and_failed_ones_reported():
     tasks = {"ENVS": "tests.fake_envs:ShortHopper-v4 tests.fake_envs:NaNReward-v0", "SCRIPTS": "ddpg_continuous"}
     good, bad = [(task, "ddpg_continuous") for task in tasks["ENVS"].split()]
     assert states(**tasks) == {good: WAITING, bad: WAITING}
     result = benchmark(*SHORT, **tasks)
     assert result.returncode == 1
-    message = "NaNReward-v0 ddpg_continuous 1: exit code 1 after 200 steps: step 300: losses/"
+    message = "NaNReward-v0 ddpg_continuous 1: exit code 1 after 200 steps: step 251: the environment returned "
     assert "failed:\n" in result.stderr and message in result.stderr
     assert states(**tasks) == {good: DONE, bad: FAILED}
-    with open("out/results/table.md") as file:  # a run that diverged counts
+    with open("out/results/table.md") as file:  # diverged runs count
         assert "| **DDPG** | 1 | 0k |" in file.read().split("NaNReward-v0")[1]
-    again = benchmark(*SHORT, ENVS=good[0], SCRIPTS="ddpg_continuous")
-    assert again.returncode == 0 and "finished before" in again.stdout and len(glob.glob("out/runs/*Hopper*")) == 1
+    assert "figure_3.png" in os.listdir("out/results")
+    again = benchmark(*SHORT, ENVS=good[0], SCRIPTS="ddpg_continuous", PYTHON=NO_PYTHON)
+    assert again.returncode == 0 and "already finished" in again.stdout and len(glob.glob("out/runs/*Hopper*")) == 1
     assert benchmark("--dry-run", ENVS=good[0], SCRIPTS="ddpg_continuous").stdout == ""
 
 
-def test_ctrl_c_and_hang_up_stop_everything_and_the_next_call_goes_on():
-    cells = [("tests.fake_envs:ShortHopper-v4", script) for script in ("smoothie_no_kl", "ddpg_continuous")]
+def test_ctrl_c_and_closing_the_terminal_stop_everything_and_the_next_call_resumes():
+    cells = [("tests.fake_envs:Slow-v0", script) for script in ("smoothie_no_kl", "ddpg_continuous")]
+    settings = {"ENVS": "tests.fake_envs:Slow-v0", "TOTAL_TIMESTEPS": "100000"}
     cores = sorted(os.sched_getaffinity(0))
-    for number in (signal.SIGHUP, signal.SIGINT):
-        process = start(TOTAL_TIMESTEPS="1500", preexec_fn=lambda number=number: signal.signal(number, signal.SIG_DFL))
-        wait_for(lambda: len(running()) == len(glob.glob("out/runs/*/policy.pt")) == 2, "two runs and their first evaluations")
-        assert states(TOTAL_TIMESTEPS="1500") == dict.fromkeys(cells, RUNNING)
+    for round_, act in enumerate([lambda keyboard: os.write(keyboard, b"\x03"), os.close], 1):
+        process, keyboard = start_in_terminal(**settings)
+        wait_for(lambda round_=round_: logs().count("run folder: ") == 2 * round_, "two runs")
+        assert states(**settings) == dict.fromkeys(cells, RUNNING)
         pinned = sorted(tuple(os.sched_getaffinity(pid)) for pid in running())
-        assert pinned == sorted((cores[i % len(cores)],) for i in range(2)), "a core each"
-        process.send_signal(number)
-        assert process.wait() == 130, process.stderr.read()
-        assert not running() and states(TOTAL_TIMESTEPS="1500") == dict.fromkeys(cells, WAITING)
-        assert len(glob.glob("out/runs/*/checkpoint/state.pt")) == 2
-    result = benchmark(*SHORT, TOTAL_TIMESTEPS="1500")
-    assert result.returncode == 0 and result.stdout.count("--resume") == 2, result.stderr
-    assert states(TOTAL_TIMESTEPS="1500") == dict.fromkeys(cells, DONE)
+        assert pinned == sorted((cores[i % len(cores)],) for i in range(2)), "one core for each run"
+        before = time.time()
+        process.send_signal(signal.SIGSTOP)  # the worst case: the workers receive the terminal's signal first
+        act(keyboard)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(120) == 130
+        assert not running() and states(**settings) == dict.fromkeys(cells, WAITING)
+        assert [os.path.getmtime(path) > before for path in glob.glob("out/runs/*/checkpoint.pt")] == [True, True]
+    assert len(os.listdir("out/runs")) == 2, "the second call has resumed both runs"
+    assert benchmark("--dry-run", **settings).stdout.count(" --resume ") == 2
 
 
-def test_a_cell_is_never_run_twice_at_once_and_has_failed_if_another_stopped_it():
-    settings = {"SCRIPTS": "ddpg_continuous", "TOTAL_TIMESTEPS": "20000"}
-    process = start(**settings)
+def test_a_cell_never_runs_twice_at_once_and_fails_if_somebody_else_stops_it():
+    settings = {"ENVS": "tests.fake_envs:Slow-v0", "SCRIPTS": "ddpg_continuous", "TOTAL_TIMESTEPS": "20000"}
+    args, env = command(**settings)
+    process = subprocess.Popen([*args, *SHORT], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: glob.glob("out/runs/*/policy.pt"), "the first evaluation")
-    result = benchmark(*SHORT, **settings)
-    assert result.returncode == 0 and "ddpg_continuous 1: is running already" in result.stdout
+    os.mkdir("out/results")
+    result = benchmark(*SHORT, **settings, PYTHON=NO_PYTHON)
+    assert result.returncode == 0 and "ddpg_continuous 1: already running" in result.stdout
     (pid,) = running()
     os.kill(pid, signal.SIGTERM)
     stderr = process.communicate()[1]
@@ -115,28 +144,49 @@ def test_a_cell_is_never_run_twice_at_once_and_has_failed_if_another_stopped_it(
     assert list(states(**settings).values()) == [FAILED] and len(glob.glob("out/runs/*")) == 1
 
 
-def test_a_run_that_never_began_has_failed():
-    result = benchmark("--no-such-flag")
-    message = "ddpg_continuous 1: exit code 2 after 0 steps: Unrecognized options: --no-such-flag\n"
-    assert result.returncode == 1 and message in result.stderr
-    assert set(states().values()) == {FAILED}
-    assert "2 cells: 0 done, 2 failed, 0 waiting, 0 running" in benchmark("--status").stdout
+LONG = ["--no-such-flag", "--a-flag-that-fills-the-line-of-the-box", "--another-flag-that-does-not-fit"]
 
 
-def test_the_status_tells_returns_and_the_time_that_is_left():
+@pytest.mark.parametrize(
+    ("task", "flags", "message"),
+    [
+        ("Hopper-v4", LONG, "exit code 2 after 0 steps: Unrecognized options: " + ", ".join(LONG)),
+        ("Hopper-v4", ["--gamma", "x"], "exit code 2 after 0 steps: Error parsing --gamma: could not convert "),
+        (
+            "*",
+            ["--gamma", "2"],
+            "exit code 1 after 0 steps: --gamma 2.0: must lie between 0 and 1\n",
+        ),  # * is not a file pattern
+    ],
+)
+def test_a_failure_is_reported_with_its_reason(task, flags, message):
+    settings = {"SCRIPTS": "ddpg_continuous", "ENVS": task, "TOTAL_TIMESTEPS": "5000"}
+    os.mkdir("out")
+    with open(f"out/{task.replace('*', '-')}__ddpg_continuous__1.log", "w") as file:
+        file.write("╭─ an earlier failure ─╮\n")
+    result = benchmark(*flags, **settings)
+    assert result.returncode == 1 and f"{task} ddpg_continuous 1: {message}" in result.stderr
+    lines = benchmark("--status", **settings).stdout.splitlines()
+    assert f"{task} ddpg_continuous 1: {message.strip()}" in lines[2]
+    assert lines[3] == "1 cells: 0 done, 1 failed, 0 waiting, 0 running"
+
+
+def test_status_shows_returns_and_the_time_left():
     run_folder(1, "0,0,9.0,5\n10000,0,100.0,5\n10000,1,300.0,5\n")
     with open("out/Hopper-v4__ddpg_continuous__1.log", "w") as file:
-        file.write("step 5000: eval return 9.00, 7 steps/s\nstep 10000: eval return 200.00, 10 steps/s\n")
+        file.write(
+            "step 0: eval return 9.00\nstep 5000: eval return 9.00, 7 steps/s\nstep 10000: eval return 200.00, 10 steps/s\n"
+        )
         file.flush()
         fcntl.flock(file, fcntl.LOCK_EX)
         lines = benchmark("--status", **HOPPER, SEEDS="1 2", TOTAL_TIMESTEPS="100000").stdout.splitlines()
     assert lines[1].split() == ["Hopper-v4", "ddpg_continuous", "0", "1", "0", "1", "2.5", "h", "200", "-"]
-    assert lines[2] == "2 cells: 0 done, 0 failed, 1 waiting, 1 running; some 5.2 h left at their speed"
+    assert lines[2] == "2 cells: 0 done, 0 failed, 1 waiting, 1 running; about 5.2 h left at the present speed"
 
 
-def test_figures_that_cannot_be_drawn_start_nothing_and_replace_nothing():
+def test_figures_that_cannot_be_drawn_replace_nothing():
     result = benchmark("--figures")
-    assert result.returncode == 1 and result.stderr.startswith("no cell of these has been evaluated")
+    assert result.returncode == 1 and "none of these cells has an evaluation yet" in result.stderr
     assert not os.path.exists("out")
     for seed in (1, 2):
         run_folder(seed, "300,0,9.0,5\n", tau=0.1 * seed)
@@ -149,27 +199,34 @@ def test_figures_that_cannot_be_drawn_start_nothing_and_replace_nothing():
         assert file.read() == table
 
 
-def test_paths_are_those_of_who_calls():
+def test_paths_are_relative_to_the_caller():
     paths = {"PYTHON": os.path.relpath(sys.executable), "RUNS": "here"}
     words = benchmark("--dry-run", "--slurm", **paths).stdout
     assert f"PYTHON={os.getcwd()}/{paths['PYTHON']}" in words and f"RUNS={os.getcwd()}/here" in words
 
 
-def test_slurm_gets_the_cells_that_are_not_finished():
-    """What is submitted; that Slurm runs it is tested in slurm.py."""
+def test_slurm_gets_the_unfinished_cells():
+    """Check what is submitted; slurm.py runs it."""
     submit = ["--dry-run", "--slurm", "--partition=cpu"]
-    line = benchmark("--compile", *submit, SEEDS="1 2", WORKERS="").stdout
+    line = benchmark("--gamma=0.9", *submit, SEEDS="1 2", WORKERS="").stdout
     words = shlex.split(line)
     assert words[0] == "sbatch" and "--array=0,1,2,3" in words and words[-3:-1] == ["--partition=cpu", "--wrap"]
-    assert shlex.split(words[-1])[-2:] == ["--cell", "--compile"] and "SEEDS=1 2" in shlex.split(words[-1])
+    assert shlex.split(words[-1])[-2:] == ["--cell", "--gamma=0.9"] and "SEEDS=1 2" in shlex.split(words[-1])
     assert "--array=0,1,2,3%2" in shlex.split(benchmark(*submit, SEEDS="1 2", WORKERS="2").stdout)
     run_folder(1, "300,0,9.0,5\n")
     words = shlex.split(benchmark(*submit, ENVS="Hopper-v4", SEEDS="1 2").stdout)
     assert "--array=0,2,3%2" in words
 
 
+def test_default_cells():
+    lines = benchmark("--dry-run", SCRIPTS="", ENVS="", SEEDS="").stdout.splitlines()
+    assert len(lines) == 6 * 6 * 4
+    scripts = [os.path.basename(line.split()[1]) for line in lines[:4]]
+    assert scripts == ["smoothie_continuous.py", "smoothie_no_kl.py", "smoothie_closed_form.py", "ddpg_continuous.py"]
+
+
 def test_bad_settings_are_refused():
-    assert benchmark(SCRIPTS="ppo").stderr.startswith("SCRIPTS: there is no ppo.py")
+    assert benchmark(SCRIPTS="ppo").stderr == f"SCRIPTS: {ROOT} has no ppo.py\n"
     for setting in ({"TOTAL_TIMESTEPS": "1e6"}, {"SEEDS": "1 02"}, {"WORKERS": "two"}):
         result = benchmark(**setting)
         assert result.returncode == 2 and f"whole numbers, not {setting.popitem()[1].split()[-1]}" in result.stderr

@@ -1,17 +1,19 @@
-"""From run folders to data, figures and tables; the committed figures and README's tables from the committed data."""
+"""utils: from run folders to data, figures and tables, and the committed results."""
 
 import filecmp
 import glob
 import json
 import os
+import re
 import resource
-import subprocess
-import sys
+import runpy
 
+import collect
+import figures
 import numpy as np
 import pytest
-from evaluations import difference, interquartile_mean, interval, read_data, together
-from figures import clipped_deviation
+import table
+from evaluations import align, difference, interquartile_mean, interval, read_data
 from scipy import stats
 
 from tests.conftest import ROOT
@@ -19,143 +21,196 @@ from tests.conftest import ROOT
 DATA = os.path.join(ROOT, "results", "data")
 
 
-def command(name, *args, **kwargs):
-    words = [sys.executable, os.path.join(ROOT, "utils", name + ".py"), *args]
-    return subprocess.run(words, capture_output=True, text=True, **kwargs)
+def collect_runs(*run_dirs, output="data"):
+    collect.main(collect.Args(run_dirs, output))
 
 
-def run_folder(folder, script="ddpg_continuous", seed=1, returns=((100.0, 300.0), (400.0, 600.0)), env_id="Hopper-v4"):
-    """A run folder with two evaluations of two episodes, 5,000 steps apart."""
+def print_table(capsys, data="data"):
+    capsys.readouterr()
+    table.main(table.Args(data))
+    return capsys.readouterr().out
+
+
+def run_folder(folder, script="ddpg_continuous", seed=1, returns=((100.0, 300.0), (400.0, 600.0)), env_id="Hopper-v4", **flags):
+    """Make a run folder: evaluations of two episodes each, 5,000 steps apart."""
     os.makedirs(folder)
+    config = {"env_id": env_id, "exp_name": script, "seed": seed, "provenance": [{"commit": "abc"}]} | flags
     with open(f"{folder}/config.json", "w") as file:
-        json.dump({"env_id": env_id, "exp_name": script, "seed": seed, "provenance": [{"commit": "abc"}]}, file)
+        json.dump(config, file)
     rows = [f"{5000 * i},{j},{r},10\n" for i, episodes in enumerate(returns) for j, r in enumerate(episodes)]
     with open(f"{folder}/evaluations.csv", "w") as file:
         file.write("global_step,episode,episodic_return,episodic_length\n" + "".join(rows))
     return folder
 
 
-def test_from_run_folders_to_figures_and_table():
+def test_from_run_folders_to_figures_and_table(capsys):
     for seed, offset in [(1, 0.0), (2, 100.0), (3, 500.0)]:
         returns = np.array([[100.0, 300.0], [400.0, 600.0]])
         run_folder(f"runs/d{seed}", seed=seed, returns=returns + offset)
         run_folder(f"runs/s{seed}", "smoothie_continuous", seed, (returns + offset)[: 1 if seed == 3 else 2] - 1000)
-    assert command("collect", *sorted(glob.glob("runs/*")), "--output", "data").returncode == 0
+    run_folder("runs/n1", "smoothie_no_kl")
+    collect_runs(*glob.glob("runs/*"))
     assert filecmp.cmp("runs/d2/evaluations.csv", "data/Hopper-v4__ddpg_continuous__2.csv", shallow=False)
     assert filecmp.cmp("runs/d2/config.json", "data/Hopper-v4__ddpg_continuous__2.json", shallow=False)
-    result = command("figures", "data", "--output", "pictures")
-    assert result.returncode == 0, result.stderr
+    figures.main(figures.Args("data", "pictures"))
     names = [f"figure_{number}{version}.png" for number in (3, 4) for version in ("", "_iqm")]
     assert sorted(os.listdir("pictures")) == sorted(names)
-    table = command("table", "data").stdout
-    # DDPG's seeds: (200 + 500) / 2 + offset; Smoothie's third run stopped after its first evaluation, of 200 + 500 - 1000
-    assert "| **DDPG** | 3 | 5k | 350, 450, 850 | 550 | 550 (350 to 850) |  | 1,000 |" in table
-    assert "| **Smoothie** | 3 | 0k to 5k | -650, -550, -300 | -500 | -500 (-650 to -300) | -1,050 (" in table
-    assert "| DDPG, CleanRL (v4, training return) | 3 | 1000k | | 1,577 ± 819 |" in table
+    text = print_table(capsys)
+    # DDPG: (200 + 500) / 2 + offset; Smoothie's third run stopped after its first evaluation: 200 + 500 - 1000
+    assert "| **DDPG** | 3 | 5k | 350, 450, 850 | 550 | 550 (350 to 850) |  | 1,000 |" in text
+    assert "| **Smoothie** | 3 | 0k to 5k | -650, -550, -300 | -500 | -500 (-650 to -300) | -1,050 (" in text
+    assert "| **Smoothie without KL** | 1 | 5k | 350 | 350 | 350 | -200 | 500 |" in text
+    assert "| DDPG, CleanRL (v4, training return) | 3 | 1000k | | 1,577 ± 819 |" in text
 
 
-def test_the_bold_line_ends_where_the_shortest_run_does():
+def test_the_figures_show_whatever_was_measured(capsys):
+    cells = [("Hopper-v4", script) for script in ("ddpg_continuous", "smoothie_closed_form", "smoothie_continuous", "sac")]
+    cells += [("Swimmer-v4", "smoothie_no_kl"), ("Swimmer-v4", "smoothie_continuous"), ("Pendulum-v1", "ddpg_continuous")]
+    cells += [("Acrobot-v9", "smoothie_no_kl"), ("Pendulum-v1", "ppo")]
+    for i, (task, script) in enumerate(cells):
+        run_folder(f"runs/{i}", script, env_id=task)
+    collect_runs(*glob.glob("runs/*"))
+    data = read_data("data")
+    drawn = {name: [(task, *scripts) for task, scripts in panels.items()] for name, panels in figures.select(data).items()}
+    assert drawn["figure_3"] == [
+        ("Swimmer-v4", "smoothie_continuous"),
+        ("Hopper-v4", "smoothie_continuous", "smoothie_closed_form", "ddpg_continuous", "sac"),
+        ("Pendulum-v1", "ddpg_continuous", "ppo"),
+    ]
+    assert drawn["figure_4"] == [("Swimmer-v4", "smoothie_continuous", "smoothie_no_kl"), ("Acrobot-v9", "smoothie_no_kl")]
+
+    styles = figures.line_styles(data)
+    labels = {"figure_3": ["Smoothie", "Smoothie in closed form", "DDPG", "ppo", "sac"]}
+    labels["figure_4"] = ["Smoothie", "Smoothie without KL"]
+    colors = {}
+    for name, panels in figures.select(data).items():
+        figure = figures.draw(panels, styles, figures.mean_and_clipped_deviation, show_seeds=False)
+        assert [axis.get_title() for axis in figure.axes] == [f"{task} (seeds: 1)" for task in panels]
+        legend = figure.legends[0]
+        assert [text.get_text() for text in legend.texts] == labels[name]
+        for line, label in zip(legend.get_lines(), labels[name], strict=True):
+            assert colors.setdefault(label, line.get_color()) == line.get_color(), "the same colour in both figures"
+        figures.plt.close(figure)
+    assert len(set(colors.values())) == 6
+    rows = [line.split("|")[1].strip(" *") for line in print_table(capsys).splitlines() if line.startswith("| **")]
+    assert rows == ["Smoothie", "Smoothie without KL", *labels["figure_3"][:3], "sac", "Smoothie without KL", "DDPG", "ppo"]
+
+
+def test_many_other_scripts_look_different():
+    styles = figures.line_styles({"Hopper-v4": [f"variant_{i}" for i in range(12)]})
+    assert len({tuple(style.values()) for style in styles.values()}) == 12
+
+
+def test_the_bold_line_ends_with_the_shortest_run():
     run_folder("runs/1", seed=1, returns=((1.0, 3.0), (5.0, 5.0), (6.0, 8.0)))
     run_folder("runs/2", seed=2, returns=((2.0, 2.0), (4.0, 8.0)))
-    command("collect", "runs/1", "runs/2", "--output", "data")
-    steps, returns = together(read_data("data")["Hopper-v4"]["ddpg_continuous"])
+    collect_runs("runs/1", "runs/2")
+    steps, returns = align(read_data("data")["Hopper-v4"]["ddpg_continuous"])
     assert steps.tolist() == [0, 5000] and returns.tolist() == [[2.0, 5.0], [2.0, 6.0]]
 
 
-def test_nothing_collected_is_lost():
+def test_no_collected_data_is_lost():
     first = run_folder("runs/first")
     longer = run_folder("runs/longer", returns=((100.0, 300.0), (400.0, 600.0), (7.0, 8.0)))
     other = run_folder("runs/other", returns=((1.0, 2.0), (3.0, 4.0)))
-    result = command("collect", first, longer, "--output", "data")
-    assert result.returncode == 1 and "are of one cell, Hopper-v4__ddpg_continuous__1" in result.stderr
+    with pytest.raises(SystemExit, match="are both Hopper-v4__ddpg_continuous__1"):
+        collect_runs(first, longer)
     assert not os.path.exists("data")
-    assert command("collect", first, "--output", "data").returncode == 0
-    assert command("collect", longer, "--output", "data").returncode == 0
+    collect_runs(first)
+    collect_runs(longer)
     for refused in (first, other):
-        result = command("collect", refused, "--output", "data")
-        assert result.returncode == 1 and "holds other evaluations" in result.stderr
-    assert filecmp.cmp("data/Hopper-v4__ddpg_continuous__1.csv", f"{longer}/evaluations.csv", shallow=False)
-    run_folder("runs/longest", returns=((100.0, 300.0), (400.0, 600.0), (7.0, 8.0), *[(9.0, 9.0)] * 99))
-    full = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))}  # as a disk that is full
-    for path in ("data", "data/Hopper-v4__ddpg_continuous__1.csv"):
-        result = command("collect", "runs/longest", "--output", path, **full)
-        assert (
-            result.returncode == 1 and result.stderr.startswith(f"{path}: cannot be written") and result.stderr.count("\n") == 1
-        )
-    assert filecmp.cmp("data/Hopper-v4__ddpg_continuous__1.csv", f"{longer}/evaluations.csv", shallow=False)
-    result = command("figures", "data", "--output", "data/Hopper-v4__ddpg_continuous__1.csv")
-    assert result.returncode == 1 and "cannot be written" in result.stderr and result.stderr.count("\n") == 1
+        with pytest.raises(SystemExit, match="holds evaluations that"):
+            collect_runs(refused)
+    longest = run_folder("runs/longest", returns=((100.0, 300.0), (400.0, 600.0), (7.0, 8.0), *[(9.0, 9.0)] * 99))
+    csv = "data/Hopper-v4__ddpg_continuous__1.csv"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))  # fails like a full disk
+        for output in ("data", csv):
+            with pytest.raises(SystemExit, match=f"{output}: cannot write [^\n]*$"):
+                collect_runs(longest, output=output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert filecmp.cmp(csv, f"{longer}/evaluations.csv", shallow=False)
+    with pytest.raises(SystemExit, match=f"{csv}/figure_3.png: cannot write [^\n]*$"):
+        figures.main(figures.Args("data", csv))
 
 
-def test_seeds_with_other_settings_are_not_averaged():
-    for seed in (1, 2):
-        with open(f"{run_folder(f'runs/{seed}', seed=seed)}/config.json", "r+") as file:
-            config = json.load(file) | {"tau": 0.1 * seed, "compile": seed == 1}
-            file.seek(0)
-            json.dump(config, file)
-    assert command("collect", "runs/1", "runs/2", "--output", "data").returncode == 0
-    result = command("table", "data")
-    assert result.returncode == 1 and "the seeds of ddpg_continuous on Hopper-v4 differ in tau (0.1, 0.2)" in result.stderr
-    with open("data/Hopper-v4__ddpg_continuous__1.json", "w") as file:  # as of a version that had no such flag yet
-        json.dump({key: value for key, value in config.items() if key != "tau"} | {"seed": 1}, file)
-    assert "differ in tau (0.2, None)" in command("table", "data").stderr
+def test_seeds_with_different_settings_are_not_averaged():
+    run_folder("runs/1", seed=1, tau=0.1, compile=True, threads=1)
+    run_folder("runs/2", seed=2, tau=0.2, compile=False, save_model=True)
+    collect_runs("runs/1", "runs/2")
+    with pytest.raises(SystemExit, match=r"the seeds of ddpg_continuous on Hopper-v4 differ in tau \(0.1, 0.2\)"):
+        read_data("data")
+    os.remove("data/Hopper-v4__ddpg_continuous__1.csv")
+    collect_runs(run_folder("runs/old", seed=1))  # an older version without the flag
+    with pytest.raises(SystemExit, match=r"differ in tau \(0.2, None\)"):
+        read_data("data")
 
 
 @pytest.mark.parametrize(
-    ("name", "args", "message"),
+    ("module", "args", "message"),
     [
-        ("collect", ["nowhere"], "nowhere/evaluations.csv: not the evaluations of a run"),
-        ("collect", ["begun"], "begun/evaluations.csv: not the evaluations of a run"),
-        ("collect", [], "no run folders were named"),
-        ("figures", ["nowhere"], "nowhere: there are no evaluations here"),
-        ("table", ["nowhere"], "nowhere: there are no evaluations here"),
+        (collect, [("nowhere",)], "nowhere/evaluations.csv: cannot read the evaluations"),
+        (collect, [("begun",)], "begun/evaluations.csv: cannot read the evaluations"),
+        (collect, [()], "name at least one run folder"),
+        (figures, ["nowhere"], "nowhere: no evaluations found"),
+        (table, ["nowhere"], "nowhere: no evaluations found"),
     ],
 )
-def test_bad_input_gets_one_sentence(name, args, message):
+def test_bad_input_gets_one_sentence(module, args, message):
     run_folder("begun", returns=())
-    result = command(name, *args)
-    assert result.returncode == 1 and result.stderr.startswith(message) and result.stderr.count("\n") == 1
-    assert command(name, "--help").returncode == 0
+    with pytest.raises(SystemExit, match=f"^{message}[^\n]*$"):
+        module.main(module.Args(*args))
+
+
+@pytest.mark.parametrize("name", ["collect", "figures", "table"])
+def test_help(name, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(os.path.join(ROOT, "utils", f"{name}.py"), run_name="__main__")
+    assert f"python utils/{name}.py" in capsys.readouterr().out
 
 
 def test_statistics():
-    """The interquartile mean against its definition, the intervals against how often they hold the truth."""
+    """The interquartile mean equals its definition; 95% intervals hold the truth 95% of the time."""
     values = np.array([9.0, 1.0, 5.0, 3.0, 100.0, 4.0, 6.0, -50.0])
     assert interquartile_mean(values) == np.mean([3.0, 4.0, 5.0, 6.0])
     assert interquartile_mean(values[:3]) == 5.0
     rng = np.random.default_rng(0)
-    a, b = rng.normal(10.0, 2.0, (12, 300)), rng.normal(4.0, 1.0, (12, 300))  # 300 experiments of twelve seeds each
-    for (low, high), truth in [(interval(a), 10.0), (interval(a, b, statistic=difference), 6.0)]:
-        assert 0.85 < np.mean((low < truth) & (truth < high)) < 0.98
-    normal = 2 * stats.norm.ppf(0.975) * 2.0 / np.sqrt(12)
-    assert np.mean(np.subtract(*interval(a)[::-1])) == pytest.approx(normal, rel=0.25)
+    a, b = rng.normal(10.0, 2.0, (30, 600)), rng.normal(4.0, 1.0, (30, 600))  # 600 experiments with 30 seeds each
+    intervals = [interval(a, resamples=500), interval(a, b, statistic=difference, resamples=500)]
+    deviation = np.sqrt(1.195 / 30)  # of the interquartile mean of 30 values from N(0, 1)
+    for (low, high), truth, sigma in zip(intervals, (10.0, 6.0), (2.0, np.sqrt(5.0)), strict=True):
+        assert 0.92 < np.mean((low < truth) & (truth < high)) < 0.97
+        assert np.mean(high - low) == pytest.approx(2 * stats.norm.ppf(0.975) * sigma * deviation, rel=0.06)
     assert np.isnan(interval(a[:1])).all()
 
 
 def test_the_deviation_is_clipped_to_the_seeds():
     returns = np.array([[0.0, 1.0], [0.0, 2.0], [9.0, 3.0]])
-    mean, low, high = clipped_deviation(returns)
+    mean, low, high = figures.mean_and_clipped_deviation(returns)
     assert np.allclose(mean, [3.0, 2.0])
-    assert np.allclose(low, [0.0, 2.0 - np.sqrt(2 / 3)])  # 3 - 4.24 is under the lowest seed
+    assert np.allclose(low, [0.0, 2.0 - np.sqrt(2 / 3)])  # 3 - 4.24 is below the lowest seed
     assert np.allclose(high, [3.0 + np.sqrt(18), 2.0 + np.sqrt(2 / 3)])
 
 
-def test_committed_figures_and_tables_come_from_the_committed_data():
-    assert command("figures", DATA, "--output", "pictures").returncode == 0
+def test_committed_figures_and_tables_come_from_the_committed_data(capsys):
+    figures.main(figures.Args(DATA, "pictures"))
     for path in glob.glob("pictures/*.png"):
         assert filecmp.cmp(path, os.path.join(ROOT, "results", os.path.basename(path)), shallow=False), f"{path} is out of date"
-    with open(os.path.join(ROOT, "README.md")) as file:
-        readme = file.read()
-    for line in command("table", DATA).stdout.splitlines():
-        assert line in readme, f"README lacks {line!r}: paste what utils/table.py prints"
+    with open(os.path.join(ROOT, "results", "README.md")) as file:
+        readme = file.read().splitlines()
+    for line in print_table(capsys, DATA).splitlines():
+        assert line in readme, f"results/README.md lacks {line!r}: paste the output of utils/table.py"
 
 
-def test_committed_data_tell_their_versions():
+def test_committed_data_name_their_versions():
     paths = glob.glob(os.path.join(DATA, "*.json"))
+    assert paths
     for path in paths:
         with open(path) as file:
-            config = json.load(file)
-        for made_by in config["provenance"]:
-            assert made_by["commit"] and not made_by["commit"].endswith("dirty"), path
-            assert {"python", "torch", "gymnasium", "mujoco", "numpy"} <= made_by.keys()
-    assert paths
+            provenance = json.load(file)["provenance"]
+        for made_by in provenance:
+            assert re.fullmatch("[0-9a-f]{40}", made_by["commit"]), path
+            assert {"torch", "gymnasium", "mujoco", "numpy"} <= made_by.keys()

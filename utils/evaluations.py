@@ -1,4 +1,4 @@
-"""The evaluations that collect.py gathered, and the statistics that figures.py and table.py make of them."""
+"""Read the data that collect.py wrote, and compute the statistics for figures.py and table.py."""
 
 import glob
 import json
@@ -11,16 +11,21 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-LABELS = {"smoothie_continuous": "Smoothie", "smoothie_no_kl": "Smoothie without KL", "ddpg_continuous": "DDPG"}
+LABELS = {
+    "smoothie_continuous": "Smoothie",
+    "smoothie_no_kl": "Smoothie without KL",
+    "smoothie_closed_form": "Smoothie in closed form",
+    "ddpg_continuous": "DDPG",
+}
 TASKS = ["Swimmer-v4", "HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4"]
-# Flags in which the seeds of one script may differ without making another experiment of it.
-MAY_DIFFER = {"seed", "total_timesteps", "provenance", "cuda", "compile", "track", "wandb_project_name", "wandb_entity"}
-MAY_DIFFER |= {"checkpoint_frequency", "save_model", "capture_video", "resume", "evaluate", "render"}
+# Flags that may differ between the seeds of an experiment, those of older versions included.
+MAY_DIFFER = {"seed", "total_timesteps", "script", "provenance", "cuda", "compile", "threads", "track", "wandb_project_name"}
+MAY_DIFFER |= {"wandb_entity", "checkpoint_frequency", "save_model", "capture_video", "resume", "evaluate", "render"}
 
 
 @dataclass
 class Run:
-    """The run of one cell: config.json, the steps (n,) evaluated and the returns (n,), each the mean over its episodes."""
+    """The content of config.json, the evaluated steps (n,) and the mean return of each evaluation (n,)."""
 
     config: dict
     steps: np.ndarray
@@ -28,59 +33,63 @@ class Run:
 
 
 def read_run(csv_path, config_path):
-    """Return the Run that the two files hold, or exit with a sentence."""
+    """Return a Run, or exit with a sentence."""
     try:
         with open(config_path) as file:
             config = json.load(file)
-        with warnings.catch_warnings(action="ignore"):  # no evaluation yet: the next line says so
+        with warnings.catch_warnings(action="ignore"):  # an empty file fails in the next line
             rows = np.loadtxt(csv_path, delimiter=",", skiprows=1, ndmin=2)
         steps, _, returns, _ = rows.T
         config["env_id"], config["exp_name"], config["seed"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        sys.exit(f"{csv_path}: not the evaluations of a run with its config beside them ({error})")
+        sys.exit(f"{csv_path}: cannot read the evaluations or the config.json of this run ({error})")
     evaluated = np.unique(steps)
     return Run(config, evaluated.astype(int), np.array([returns[steps == step].mean() for step in evaluated]))
 
 
+def in_order(names, known):
+    """Return the names sorted: the known ones in their order, then the others by name."""
+    return sorted(names, key=lambda name: ([*known, name].index(name), name))
+
+
 def read_data(folder):
-    """Return {task: {script: [Run of each seed, in order]}} of a folder that collect.py wrote, or exit with a sentence."""
+    """Return {task: {script: [Run of each seed]}}, everything in order, or exit with a sentence."""
     data = defaultdict(lambda: defaultdict(list))
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.csv"))):
+    for path in glob.glob(os.path.join(glob.escape(folder), "*.csv")):
         run = read_run(path, path[: -len("csv")] + "json")
         data[run.config["env_id"]][run.config["exp_name"]].append(run)
     if not data:
-        sys.exit(f"{folder}: there are no evaluations here; python utils/collect.py runs/* --output {folder} puts some there")
+        sys.exit(f"{folder}: no evaluations found; collect some with python utils/collect.py runs/* --output {folder}")
     for task, scripts in data.items():
         for script, runs in scripts.items():
             runs.sort(key=lambda run: run.config["seed"])
-            for key in set().union(*[run.config for run in runs]) - MAY_DIFFER:
-                values = {str(run.config.get(key)) for run in runs}
+            for key in sorted(set().union(*[run.config for run in runs]) - MAY_DIFFER):
+                values = sorted({str(run.config.get(key)) for run in runs})
                 if len(values) > 1:
-                    different = f"differ in {key} ({', '.join(sorted(values))})"
-                    sys.exit(f"{folder}: the seeds of {script} on {task} {different}: keep them apart")
-    return data
+                    sys.exit(f"{folder}: the seeds of {script} on {task} differ in {key} ({', '.join(values)}); separate them")
+    return {task: {script: data[task][script] for script in in_order(data[task], LABELS)} for task in in_order(data, TASKS)}
 
 
-def together(runs):
-    """Return the steps (n,) that every run has evaluated and the returns (runs, n) there."""
+def align(runs):
+    """Return the steps (n,) that all runs have evaluated and the returns (runs, n) at these steps."""
     steps = sorted(set.intersection(*[set(run.steps.tolist()) for run in runs]))
     return np.array(steps), np.array([run.returns[np.isin(run.steps, steps)] for run in runs])
 
 
 def interquartile_mean(values, axis=0):
-    """Mean of the middle half, a quarter cut at each end; with fewer than four values nothing is cut (Agarwal et al., 2021)."""
+    """Mean without the lowest and the highest quarter (Agarwal et al., 2021). With fewer than four values: the mean."""
     return stats.trim_mean(values, 0.25, axis=axis)
 
 
 def interval(*samples, statistic=interquartile_mean, resamples=10_000):
-    """Return the ends of a 95% percentile bootstrap interval over axis 0, each sample (one or more) resampled by itself.
+    """Return the ends of the 95% percentile bootstrap interval along axis 0, nan where a sample has a single value.
 
-    nan where a sample has a single value, which tells nothing about its spread.
+    Several samples are resampled independently.
     """
     if min(len(sample) for sample in samples) < 2:
         return np.full(np.shape(samples[0])[1:], np.nan), np.full(np.shape(samples[0])[1:], np.nan)
-    result = stats.bootstrap(samples, statistic, axis=0, n_resamples=resamples, batch=500, method="percentile", rng=0)
-    return result.confidence_interval
+    options = {"n_resamples": resamples, "batch": 500, "method": "percentile", "confidence_level": 0.95, "rng": 0}
+    return stats.bootstrap(samples, statistic, axis=0, **options).confidence_interval
 
 
 def difference(a, b, axis=0):

@@ -1,13 +1,16 @@
-"""Draw Figures 3 and 4 of the paper from the evaluations that collect.py gathered.
+"""Draw Figures 3 and 4 of the paper from the data that collect.py wrote.
 
     python utils/figures.py results/data --output results
 
-figure_3.png (Smoothie and DDPG, six tasks) and figure_4.png (Smoothie with and without the KL penalty, the four harder
-tasks) as the paper draws them: the mean over seeds, and its standard deviation clipped to the seeds' minimum and maximum.
-figure_3_iqm.png and figure_4_iqm.png: the interquartile mean, its 95% bootstrap interval and each seed as a thin line. The
-bold line ends where the shortest of its runs does.
+Figure 3 compares Smoothie with DDPG, Figure 4 compares it with and without the KL penalty. Each has a panel for every task in
+the data. Other scripts in the data are added to Figure 3.
+
+figure_3.png and figure_4.png show the mean over seeds and its standard deviation, clipped to the seeds' minimum and maximum,
+as in the paper. figure_3_iqm.png and figure_4_iqm.png show the interquartile mean, its 95% bootstrap interval and a thin line
+for each seed. Bold lines end with the shortest run.
 """
 
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -16,17 +19,20 @@ from typing import Annotated
 import matplotlib
 import numpy as np
 import tyro
-from evaluations import LABELS, TASKS, interquartile_mean, interval, read_data, together
+from evaluations import LABELS, align, in_order, interquartile_mean, interval, read_data
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# Okabe and Ito's colours, which colour-blind readers tell apart.
-COLORS = {"smoothie_continuous": "#0072B2", "smoothie_no_kl": "#009E73", "ddpg_continuous": "#D55E00"}
-FIGURES = {
-    "figure_3": (TASKS, 3, ["ddpg_continuous", "smoothie_continuous"]),
-    "figure_4": (["Hopper-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4"], 4, ["smoothie_no_kl", "smoothie_continuous"]),
+# The colour-blind-safe palette of Okabe and Ito.
+COLORS = {
+    "smoothie_continuous": "#0072B2",
+    "smoothie_no_kl": "#009E73",
+    "smoothie_closed_form": "#CC79A7",
+    "ddpg_continuous": "#D55E00",
 }
+OTHER_COLORS = ["#E69F00", "#56B4E9", "#000000"]
+LINE_STYLES = ["-", "--", ":", "-."]
 
 
 @dataclass
@@ -34,48 +40,66 @@ class Args:
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
     """the folder that collect.py wrote"""
     output: str = "."
-    """the folder to write the pictures to"""
+    """the folder for the pictures"""
 
 
-def clipped_deviation(returns):
-    """Return mean, lower and upper curve (n,) of returns (runs, n): Figure 3's mean and standard deviation."""
+def select(data):
+    """Return {figure: {task: {script: runs}}}, without empty figures and panels."""
+    figures = {"figure_3": {}, "figure_4": {}}
+    for task, scripts in data.items():
+        if others := {name: runs for name, runs in scripts.items() if name != "smoothie_no_kl"}:
+            figures["figure_3"][task] = others
+        if "smoothie_no_kl" in scripts:
+            pair = ("smoothie_continuous", "smoothie_no_kl")
+            figures["figure_4"][task] = {name: scripts[name] for name in pair if name in scripts}
+    return {name: panels for name, panels in figures.items() if panels}
+
+
+def line_styles(data):
+    """Return {script: colour and line style} for the scripts of all tasks, in order."""
+    names = in_order(set().union(*data.values()), LABELS)
+    styles = {name: {"color": color, "linestyle": "-"} for name, color in COLORS.items() if name in names}
+    for i, name in enumerate(name for name in names if name not in COLORS):
+        line_style = LINE_STYLES[i // len(OTHER_COLORS) % len(LINE_STYLES)]
+        styles[name] = {"color": OTHER_COLORS[i % len(OTHER_COLORS)], "linestyle": line_style}
+    return styles
+
+
+def mean_and_clipped_deviation(returns):
+    """Return the mean and the lower and upper end of the band, each (n,), of returns (runs, n)."""
     mean, deviation = returns.mean(0), returns.std(0)
     return mean, np.maximum(mean - deviation, returns.min(0)), np.minimum(mean + deviation, returns.max(0))
 
 
-def bootstrapped(returns):
-    """Return interquartile mean and the ends of its 95% interval, each (n,), of returns (runs, n)."""
+def iqm_and_interval(returns):
+    """Return the interquartile mean and the ends of its 95% interval, each (n,), of returns (runs, n)."""
     return interquartile_mean(returns), *interval(returns, resamples=2_000)
 
 
-def draw(data, tasks, columns, scripts, curves, thin):
-    """Return the figure: a panel a task, a line and a band a script, every seed thin where asked for."""
-    rows = len(tasks) // columns
-    figure, axes = plt.subplots(rows, columns, figsize=(10, 0.9 + 2.6 * rows), layout="constrained", squeeze=False)
+def draw(panels, styles, curves, show_seeds):
+    """Return the figure: a panel for each task, with a line and a band for each script."""
+    columns = 4 if len(panels) == 4 else min(len(panels), 3)
+    rows, legend_columns = math.ceil(len(panels) / columns), max(columns, 2)
+    names = [name for name in styles if any(name in scripts for scripts in panels.values())]
+    size = (min(2 + 3 * columns, 10), 0.6 + 0.25 * math.ceil(len(names) / legend_columns) + 2.6 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
     lines = {}
-    for task, axis in zip(tasks, axes.flat, strict=True):
-        seeds = []
-        for script in scripts:
-            if not (runs := data.get(task, {}).get(script)):
-                continue
-            steps, returns = together(runs)
+    for (task, scripts), axis in zip(panels.items(), axes.flat, strict=False):
+        for name, runs in reversed(scripts.items()):  # the first script ends up on top
+            steps, returns = align(runs)
             middle, lower, upper = curves(returns)
-            color = COLORS[script]
-            axis.fill_between(steps / 1e6, lower, upper, color=color, alpha=0.18, linewidth=0)
-            (lines[LABELS[script]],) = axis.plot(steps / 1e6, middle, color=color, linewidth=2)
-            seeds.append(len(runs))
-            for run in runs if thin else ():
-                axis.plot(run.steps / 1e6, run.returns, color=color, linewidth=0.6, alpha=0.55)
-        if seeds:
-            low, high = min(seeds), max(seeds)
-            axis.set_title(f"{task} (seeds: {low if low == high else f'{low} to {high}'})", fontsize=11)
-            axis.set_xlim(0, None)
-            axis.grid(alpha=0.25)
-        else:
-            axis.set_title(task, fontsize=11)
-            axis.text(0.5, 0.5, "not measured yet", ha="center", va="center", transform=axis.transAxes, color="0.5")
-            axis.set(xticks=[], yticks=[])
-    figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=len(scripts), frameon=False, fontsize=11)
+            axis.fill_between(steps / 1e6, lower, upper, color=styles[name]["color"], alpha=0.18, linewidth=0)
+            (lines[name],) = axis.plot(steps / 1e6, middle, **styles[name], linewidth=2, label=LABELS.get(name, name))
+            for run in runs if show_seeds else ():
+                axis.plot(run.steps / 1e6, run.returns, **styles[name], linewidth=0.6, alpha=0.55)
+        low, high = min(map(len, scripts.values())), max(map(len, scripts.values()))
+        axis.set_title(f"{task} (seeds: {low if low == high else f'{low} to {high}'})", fontsize=10)
+        axis.set_xlim(0, None)
+        axis.grid(alpha=0.25)
+    handles = [lines[name] for name in names]
+    figure.legend(handles=handles, loc="outside upper center", ncols=legend_columns, frameon=False, fontsize=10)
     figure.supxlabel("million environment steps", fontsize=10)
     figure.supylabel("return of the mean action", fontsize=10)
     return figure
@@ -83,15 +107,16 @@ def draw(data, tasks, columns, scripts, curves, thin):
 
 def main(args):
     data = read_data(args.data)
-    for name, panels in FIGURES.items():
-        for suffix, curves in [("", clipped_deviation), ("_iqm", bootstrapped)]:
+    styles = line_styles(data)
+    for name, panels in select(data).items():
+        for suffix, curves in [("", mean_and_clipped_deviation), ("_iqm", iqm_and_interval)]:
             path = os.path.join(args.output, name + suffix + ".png")
-            figure = draw(data, *panels, curves, thin=bool(suffix))
+            figure = draw(panels, styles, curves, show_seeds=suffix == "_iqm")
             try:
                 os.makedirs(args.output, exist_ok=True)
                 figure.savefig(path, dpi=110)
             except OSError as error:
-                sys.exit(f"{path}: cannot be written ({error})")
+                sys.exit(f"{path}: cannot write ({error})")
             plt.close(figure)
             print(path, file=sys.stderr)
 

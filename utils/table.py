@@ -1,10 +1,10 @@
-"""Print a Markdown table for each task, of the evaluations that collect.py gathered and of what others have published.
+"""Print a Markdown table for each task: the data that collect.py wrote, then published returns.
 
     python utils/table.py results/data
 
-The headline of a run is the mean of its last 10 evaluations, a diverged run's too. IQM is the interquartile mean over seeds
-(with fewer than four seeds, their mean); intervals are 95% percentile bootstrap intervals over seeds, which are too narrow
-where seeds are few. Published returns come from utils/published.csv and are after a million steps.
+The return of a run is the mean of its last 10 evaluations, even if training diverged. IQM is the interquartile mean over seeds
+(with fewer than four seeds, the mean). Intervals are 95% percentile bootstrap intervals over seeds; with few seeds they are too
+narrow. Published returns are from utils/published.csv and after a million steps.
 """
 
 import csv
@@ -14,12 +14,12 @@ from typing import Annotated
 
 import numpy as np
 import tyro
-from evaluations import LABELS, TASKS, difference, interquartile_mean, interval, read_data
+from evaluations import LABELS, difference, interquartile_mean, interval, read_data
 
-LAST = 10  # evaluations that a headline return is the mean of
+LAST = 10  # evaluations that the return of a run averages
 BASELINE = "ddpg_continuous"
 HEADER = (
-    f"| | seeds | steps | last {LAST} evaluations, each seed | their mean | IQM (95% interval) | minus DDPG (95% interval) "
+    f"| | seeds | steps | last {LAST} evaluations of each seed | mean | IQM (95% interval) | minus DDPG (95% interval) "
     "| best evaluation |\n"
     "|---|---|---|---|---|---|---|---|"
 )
@@ -42,11 +42,11 @@ def with_interval(value, ends, sign=""):
 
 
 def measured_rows(scripts):
-    """Return the rows of the scripts {name: [Run]} of one task."""
+    """Return the rows for the scripts {name: [Run]} of a task."""
     last = {name: np.array([run.returns[-LAST:].mean() for run in runs]) for name, runs in scripts.items()}
     rows = []
-    for name in sorted(scripts, key=lambda name: list(LABELS).index(name) if name in LABELS else len(LABELS)):
-        runs, minus = scripts[name], ""
+    for name, runs in scripts.items():
+        minus = ""
         if name != BASELINE and BASELINE in scripts:
             ends = interval(last[name], last[BASELINE], statistic=difference)
             minus = with_interval(difference(last[name], last[BASELINE]), ends, sign="+")
@@ -65,7 +65,7 @@ def measured_rows(scripts):
 
 
 def published_rows(task):
-    """Return a row for each published return on this task, whatever its version."""
+    """Return the rows of published returns on a task, in any version of it."""
     with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "published.csv")) as file:
         rows = [row for row in csv.DictReader(file) if task.startswith(row["task"] + "-")]
     return [
@@ -76,9 +76,8 @@ def published_rows(task):
 
 
 def main(args):
-    data = read_data(args.data)
-    for task in sorted(data, key=lambda task: [*TASKS, task].index(task)):
-        print(f"### {task}\n\n{HEADER}", *measured_rows(data[task]), *published_rows(task), "", sep="\n")
+    for task, scripts in read_data(args.data).items():
+        print(f"### {task}\n\n{HEADER}", *measured_rows(scripts), *published_rows(task), "", sep="\n")
 
 
 if __name__ == "__main__":
