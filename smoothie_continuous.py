@@ -101,8 +101,8 @@ def make_env(env_id, render_mode=None):
     """Return the task with flat observations, and with actions scaled from [-1, 1] to its bounds and clipped to them."""
     try:
         env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
-        if not isinstance(space := env.action_space, gym.spaces.Box) or not space.is_bounded():
-            raise ValueError(f"needs bounded Box actions, not {space}")
+        if not isinstance(space := env.action_space, gym.spaces.Box) or len(space.shape) != 1 or not space.is_bounded():
+            raise ValueError(f"needs a one-dimensional Box of bounded actions, not {space}")
         env = gym.wrappers.TransformAction(env, lambda action: np.clip(action, space.low, space.high), space)
         env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), np.float32(-1), np.float32(1))
     except (gym.error.Error, ImportError, NotImplementedError, ValueError) as error:
@@ -324,10 +324,10 @@ def main(args):
     buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), obs_dim, action_dim, rng, device)
     start, saved, episode_seed, episode_length, evaluations, history, losses = 0, 0, int(rng.integers(2**31)), 0, [], [], {}
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
-    run_dir = Path(args.resume or Path("runs", name))
-    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-    transitions = open(run_dir / "transitions.f32", "r+b" if args.resume else "wb")
-    if args.resume:
+    run_dir = Path("runs", name) if args.resume is None else Path(args.resume)
+    run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
+    transitions = open(run_dir / "transitions.f32", "wb" if args.resume is None else "r+b")
+    if args.resume is not None:
         try:  # weights_only: nothing in the file can run code
             state = torch.load(run_dir / "checkpoint.pt", "cpu", weights_only=True)
             agent.load_state_dict(state["agent"])
@@ -348,7 +348,7 @@ def main(args):
         row = buffer.rows[i % len(buffer.rows)]
         obs, *_ = env.step(row[obs_dim : obs_dim + action_dim])
     if episode_length and not np.array_equal(np.float32(obs), row[-obs_dim - 1 : -1]):
-        sys.exit(f"{run_dir}: the environment does not repeat its episode, so it is not deterministic given its seed")
+        sys.exit(f"{run_dir}: cannot replay the episode; the environment is not deterministic or --buffer-size is too small")
     script, git = Path(__file__).resolve(), "git describe --always --dirty --abbrev=40"
     commit = subprocess.run(git, shell=True, cwd=script.parent, capture_output=True, text=True).stdout.strip() or None
     made_by = {package: importlib.metadata.version(package) for package in ("torch", "gymnasium", "mujoco", "numpy")}
@@ -372,6 +372,7 @@ def main(args):
                 action = agent.actor.mean_action(obs) + std.cpu().numpy() * rng.standard_normal(action_dim, np.float32)
             next_obs, reward, terminated, truncated, info = env.step(action)
             if not (math.isfinite(reward) and np.isfinite(next_obs).all()):
+                check_finite(losses, agent, step)  # or is the action not finite?
                 sys.exit(f"step {step}: the environment returned a reward or an observation that is not finite")
             buffer.add(obs, action, reward, next_obs, terminated)
             obs = next_obs
@@ -425,8 +426,8 @@ def parse_args():
             config = json.loads(Path(folder, "config.json").read_text())
             script, _ = config.pop("script"), config.pop("provenance")
             args = tyro.cli(Args, default=Args(**config))
-            if (script, args.env_id, args.seed) != (Path(__file__).name, config["env_id"], config["seed"]):
-                raise ValueError(f"a run of {script} with --env-id {config['env_id']} and --seed {config['seed']}")
+            if script != Path(__file__).name or any(getattr(args, k) != config[k] for k in ("env_id", "seed", "buffer_size")):
+                raise ValueError(f"{script} made it; --env-id, --seed and --buffer-size cannot change")
         except (OSError, ValueError, KeyError, TypeError) as error:
             sys.exit(f"{folder!r}: this script cannot resume or evaluate it ({error})")
     return args

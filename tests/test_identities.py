@@ -8,7 +8,7 @@ import torch
 
 import ddpg_continuous
 import smoothie_continuous
-import smoothie_toy_bandit as toy
+import smoothie_no_kl
 from tests.conftest import agent_class
 
 OBS_DIM, ACTION_DIM, BATCH = 5, 3, 16
@@ -30,6 +30,12 @@ def gauss_hermite(order, dim):
     return nodes, weights
 
 
+def first_gradients(agent):
+    """What Adam received for each parameter of the actor in the first update: m is 0.1 times that."""
+    names = [name for name, p in agent.actor.named_parameters() if name != "log_var"]
+    return {name: 10 * m for name, m in zip(names, agent.actor_optimizer.m, strict=True)}
+
+
 @pytest.mark.parametrize("dim", [1, 3])
 def test_theorem_1_by_quadrature(float64, dim):
     qf, obs, a = critic(smoothie_continuous, dim), torch.randn(1, OBS_DIM), torch.randn(dim)
@@ -48,9 +54,9 @@ def test_theorem_1_by_quadrature(float64, dim):
     torch.testing.assert_close((in_covariance + in_covariance.T) / 2, hessian / 2, rtol=0, atol=1e-4)
 
 
-def test_theorem_1_with_the_scripts_own_hessian(float64, smoothie):
-    """The diagonal that the scripts compute, averaged over the policy, is twice the derivative in each variance."""
-    qf, obs, mean = critic(smoothie), torch.randn(1, OBS_DIM), torch.randn(ACTION_DIM)
+def test_theorem_1_with_the_scripts_own_hessian(float64):
+    """The diagonal that the script computes, averaged over the policy, is twice the derivative in each variance."""
+    qf, obs, mean = critic(smoothie_continuous), torch.randn(1, OBS_DIM), torch.randn(ACTION_DIM)
     nodes, weights = gauss_hermite(15, ACTION_DIM)
     observations = obs.expand(len(nodes), -1)
 
@@ -59,11 +65,12 @@ def test_theorem_1_with_the_scripts_own_hessian(float64, smoothie):
 
     variance = torch.tensor([0.1, 0.3, 0.5])
     hessian = weights @ qf.action_derivatives(observations, mean + nodes * variance.sqrt())[1]
+    assert hessian.abs().max() > 1e-2
     torch.testing.assert_close(torch.func.grad(smoothed_q)(variance), hessian / 2, rtol=0, atol=1e-4)
 
 
-def test_action_derivatives_against_autograd(float64, script):
-    qf, observations, actions = critic(script), torch.randn(BATCH, OBS_DIM), torch.randn(BATCH, ACTION_DIM)
+def test_action_derivatives_against_autograd(float64):
+    qf, observations, actions = critic(smoothie_continuous), torch.randn(BATCH, OBS_DIM), torch.randn(BATCH, ACTION_DIM)
 
     def q(obs, action):
         return qf(obs.unsqueeze(0), action.unsqueeze(0)).squeeze(0)
@@ -77,16 +84,28 @@ def test_action_derivatives_against_autograd(float64, script):
     torch.testing.assert_close(hessian, expected_hessian, rtol=0, atol=1e-10)
 
 
-def test_policy_loss_gradient_is_equations_13_and_15(float64, smoothie):
-    actor, qf = smoothie.Actor(OBS_DIM, ACTION_DIM, -1.0), critic(smoothie)
-    observations = torch.randn(BATCH, OBS_DIM)
+def test_action_gradient_of_ddpg_against_autograd(float64):
+    qf, observations = critic(ddpg_continuous), torch.randn(BATCH, OBS_DIM)
+    actions = torch.randn(BATCH, ACTION_DIM, requires_grad=True)
+    (expected,) = torch.autograd.grad(qf(observations, actions).sum(), actions)
+    gradient = qf.action_gradient(observations, actions)
+    assert gradient.shape == (BATCH, ACTION_DIM) and gradient.abs().mean() > 1e-2
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-10)
+
+
+def test_policy_gradients_are_equations_13_and_15(float64):
+    """Each state's Jacobians, written out and averaged."""
+    agent = smoothie_no_kl.Smoothie(OBS_DIM, ACTION_DIM, smoothie_no_kl.Args(log_var_lr=0.2))
+    agent.qf, observations, actor = critic(smoothie_no_kl), torch.randn(BATCH, OBS_DIM), agent.actor
+    agent.value_scale.fill_(3.0)
     with torch.no_grad():
-        actor.log_var += torch.randn(ACTION_DIM)
-    gradient, hessian = (d.detach() for d in qf.action_derivatives(observations, actor(observations)))
-    theta = {name: p for name, p in actor.named_parameters() if name != "log_var"}
+        actor.log_var += torch.tensor([-1.0, 0.2, 1.0])
+    phi = actor.log_var.detach().clone()
+    gradient, hessian = (d.detach() for d in agent.qf.action_derivatives(observations, actor(observations)))
+    theta = {name: p.detach().clone() for name, p in actor.named_parameters() if name != "log_var"}
 
     def mean_of(theta, obs):
-        return torch.func.functional_call(actor, {**theta, "log_var": actor.log_var}, (obs.unsqueeze(0),)).squeeze(0)
+        return torch.func.functional_call(actor, {**theta, "log_var": phi}, (obs.unsqueeze(0),)).squeeze(0)
 
     expected = {name: torch.zeros_like(p) for name, p in theta.items()}
     expected_phi = torch.zeros(ACTION_DIM)
@@ -94,27 +113,27 @@ def test_policy_loss_gradient_is_equations_13_and_15(float64, smoothie):
         jacobian = torch.func.jacrev(mean_of)(theta, observations[k])
         for name in theta:
             expected[name] += torch.einsum("i,i...->...", gradient[k], jacobian[name]) / BATCH  # (13)
-        sigma_jacobian = torch.func.jacrev(lambda phi: torch.diag(phi.exp()))(actor.log_var.detach())
+        sigma_jacobian = torch.func.jacrev(lambda phi: torch.diag(phi.exp()))(phi)
         expected_phi += 0.5 * torch.einsum("ij,ijk->k", torch.diag(hessian[k]), sigma_jacobian) / BATCH  # (15)
 
-    smoothie.policy_loss(actor(observations), actor.log_var, gradient, hessian).backward()
-    for name, p in theta.items():
-        torch.testing.assert_close(-p.grad, expected[name], rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(-actor.log_var.grad, expected_phi, rtol=1e-9, atol=1e-12)
-    assert expected_phi.abs().min() > 1e-4
+    agent.update_policy(observations)
+    for name, descent in first_gradients(agent).items():
+        torch.testing.assert_close(-descent, expected[name], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(actor.log_var.detach() - phi, 0.2 / 3.0 * expected_phi, rtol=1e-9, atol=1e-12)
+    assert expected_phi.abs().min() > 1e-4 and (actor.log_var < 0).all()
 
 
-def test_ddpg_policy_loss_gradient_is_that_of_q(float64):
+def test_ddpg_policy_gradient_is_that_of_q(float64):
     """(6) is the chain rule through Q(s, mu(s))."""
-    actor, qf = ddpg_continuous.Actor(OBS_DIM, ACTION_DIM), critic(ddpg_continuous)
-    observations = torch.randn(BATCH, OBS_DIM)
-    parameters = list(actor.parameters())
-    mean = actor(observations)
-    gradient, _ = qf.action_derivatives(observations, mean.detach())
-    ours = torch.autograd.grad(ddpg_continuous.policy_loss(mean, gradient.detach()), parameters, retain_graph=True)
-    theirs = torch.autograd.grad(-qf(observations, mean).mean(), parameters)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    agent = ddpg_continuous.DDPG(OBS_DIM, ACTION_DIM, ddpg_continuous.Args())
+    agent.qf, observations = critic(ddpg_continuous), torch.randn(BATCH, OBS_DIM)
+    names, parameters = zip(*agent.actor.named_parameters(), strict=True)
+    expected = torch.autograd.grad(-agent.qf(observations, agent.actor(observations)).mean(), parameters)
+    agent.update_policy(observations)
+    found = first_gradients(agent)
+    for name, gradient in zip(names, expected, strict=True):
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12)
+    assert found["fc_mean.bias"].abs().min() > 1e-4
 
 
 def test_kl_against_torch_distributions(float64):
@@ -150,16 +169,14 @@ def test_update_policy_follows_algorithm_1(float64):
     expected_bias_grad = -torch.autograd.grad(objective, agent.actor.fc_mean.bias)[0]
 
     agent.update_policy(observations)
-    names = [name for name, p in agent.actor.named_parameters() if p is not agent.actor.log_var]
-    bias_grad = agent.actor_optimizer.m[names.index("fc_mean.bias")] / 0.1  # m is 0.1 times the first gradient
     torch.testing.assert_close(agent.actor.log_var.detach(), expected_phi, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(bias_grad, expected_bias_grad, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(first_gradients(agent)["fc_mean.bias"], expected_bias_grad, rtol=1e-9, atol=1e-12)
     assert (expected_phi - phi).abs().min() > 1e-4
 
 
-def test_sigma_stops_at_half_the_range_and_comes_back(float64, smoothie, monkeypatch):
+def test_sigma_stops_at_half_the_range_and_comes_back(float64, monkeypatch):
     """Where the values are convex phi grows up to 0 and no further; once they are concave it falls as if never held."""
-    agent = smoothie.Smoothie(OBS_DIM, ACTION_DIM, smoothie.Args(log_var_lr=0.1))
+    agent = smoothie_continuous.Smoothie(OBS_DIM, ACTION_DIM, smoothie_continuous.Args(log_var_lr=0.1))
     observations, phi = torch.randn(BATCH, OBS_DIM), agent.actor.log_var
 
     def learn(curvature):
@@ -174,15 +191,16 @@ def test_sigma_stops_at_half_the_range_and_comes_back(float64, smoothie, monkeyp
     torch.testing.assert_close(phi.detach(), torch.full_like(phi, -0.25), rtol=0, atol=1e-3)
 
 
-def test_critic_converges_to_the_convolution(smoothie):
+def test_critic_converges_to_the_convolution():
     """One step, actions uniform over a wide range: fitting on phantom actions gives (9), known for sin(2a), not sin(2a)."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     variance, frequency, updates = 0.25, 2.0, 800
-    agent = smoothie.Smoothie(2, 1, smoothie.Args(log_var_init=math.log(variance), reward_scale=1.0, max_grad_norm=math.inf))
+    args = smoothie_continuous.Args(log_var_init=math.log(variance), reward_scale=1.0, max_grad_norm=math.inf)
+    agent = smoothie_continuous.Smoothie(2, 1, args)
     torch.nn.init.normal_(agent.qf.fc2.weight[:, -1:])  # features that span the range from the start: the update is on trial,
     torch.nn.init.normal_(agent.qf.fc2.bias, std=2.0)  # not how long the usual initialisation takes to grow them
-    buffer = smoothie.ReplayBuffer(20_000, 2, 1, rng)
+    buffer = smoothie_continuous.ReplayBuffer(20_000, 2, 1, rng)
     for action in rng.uniform(-3.0, 3.0, 20_000):
         buffer.add(np.zeros(2), [action], math.sin(frequency * action), np.zeros(2), True)
     for update in range(updates):
@@ -197,65 +215,55 @@ def test_critic_converges_to_the_convolution(smoothie):
     assert (learned - reward).square().mean().sqrt() > 0.2  # what DDPG's critic would learn
 
 
-def test_smoothie_without_covariance_is_ddpg(float64, smoothie):
-    """Section 5: as Sigma goes to zero the updates of the mean and of the critic are those of DDPG, step by step."""
-    without_kl = {"kl_coef": 0.0} if smoothie is smoothie_continuous else {}
-    args = smoothie.Args(log_var_init=-80.0, policy_lr=1e-3, tau=0.05, **without_kl)
-    agent = smoothie.Smoothie(OBS_DIM, ACTION_DIM, args)
+@pytest.mark.parametrize("module", [smoothie_continuous, smoothie_no_kl], ids=lambda module: module.__name__)
+def test_smoothie_without_covariance_is_ddpg(float64, module, monkeypatch):
+    """Section 5: as Sigma goes to zero the updates of the mean and of the critic are those of DDPG, given one critic."""
+
+    class Critic(module.QNetwork):
+        def action_gradient(self, observations, actions):
+            return self.action_derivatives(observations, actions)[0]
+
+    monkeypatch.setattr(ddpg_continuous, "QNetwork", Critic)
+    without_kl = {"kl_coef": 0.0} if module is smoothie_continuous else {}
+    args = module.Args(log_var_init=-80.0, policy_lr=1e-3, tau=0.05, **without_kl)
+    agent = module.Smoothie(OBS_DIM, ACTION_DIM, args)
     ddpg = ddpg_continuous.DDPG(OBS_DIM, ACTION_DIM, ddpg_continuous.Args(policy_lr=1e-3, tau=0.05))
-    for ours, theirs in [(agent.actor, ddpg.actor), (agent.qf, ddpg.qf), (agent.target_actor, ddpg.target_actor)]:
-        theirs.load_state_dict(ours.state_dict(), strict=False)
-    ddpg.target_qf.load_state_dict(agent.target_qf.state_dict())
+    for name in ("actor", "qf", "target_actor", "target_qf"):
+        getattr(ddpg, name).load_state_dict(getattr(agent, name).state_dict(), strict=name.endswith("qf"))
     start = agent.actor.fc2.weight.detach().clone()
     for _ in range(20):
         observations, next_observations = torch.randn(2, BATCH, OBS_DIM)
         batch = observations, torch.randn(BATCH, ACTION_DIM), torch.randn(BATCH), next_observations, torch.zeros(BATCH)
         for learner in (agent, ddpg):
-            learner.update_policy(observations)
-            learner.update_critic(*batch)
-            learner.update_targets()
-        for ours, theirs in [(agent.actor, ddpg.actor), (agent.target_qf, ddpg.target_qf), (agent.qf, ddpg.qf)]:
-            theirs = theirs.state_dict()
-            for name, value in ours.state_dict().items():
-                if name != "log_var":
-                    torch.testing.assert_close(value, theirs[name], rtol=1e-9, atol=1e-12)
+            learner.update(observations, batch)
+        theirs = ddpg.state_dict()
+        for name, value in agent.state_dict().items():
+            if name.split(".")[0] in ("actor", "target_actor", "qf", "target_qf") and "log_var" not in name:
+                torch.testing.assert_close(value, theirs[name], rtol=1e-9, atol=1e-12)
     assert (agent.actor.fc2.weight - start).abs().max() > 1e-3
 
 
-def test_td_target_bootstraps_time_limits_only(script):
-    rewards, terminated, next_values = torch.tensor([1.0, 1.0]), torch.tensor([0.0, 1.0]), torch.tensor([10.0, 10.0])
-    assert script.td_target(rewards, terminated, next_values, 0.9).tolist() == [10.0, 1.0]
+def test_targets_bootstrap_at_time_limits_and_not_at_terminations(script):
+    """With values of 0 now and of 10 next, the loss is the mean square of the targets."""
+    agent = agent_class(script)(OBS_DIM, ACTION_DIM, script.Args(gamma=0.9, reward_scale=0.5))
+    with torch.no_grad():
+        for qf, value in [(agent.qf, 0.0), (agent.target_qf, 10.0)]:
+            qf.fc_q.weight.zero_()
+            qf.fc_q.bias.fill_(value)
+    rewards, terminated = torch.tensor([1.0, 1.0, -4.0]), torch.tensor([0.0, 1.0, 0.0])
+    observations = torch.randn(3, OBS_DIM)
+    metrics = agent.update_critic(observations, torch.randn(3, ACTION_DIM), rewards, observations, terminated)
+    assert metrics["losses/qf1_loss"].item() == pytest.approx((9.5**2 + 0.5**2 + 7.0**2) / 3)
 
 
 def test_targets_follow_at_rate_tau(float64, script):
+    """After the networks have learned, and all of them: those of the actor, phi and those of the critic."""
     agent = agent_class(script)(OBS_DIM, ACTION_DIM, script.Args(tau=0.25))
-    before = [p.clone() for p in agent.target_params]
-    with torch.no_grad():
-        for p in agent.params:
-            p += 1.0
-    agent.update_targets()
-    for old, new in zip(before, agent.target_params, strict=True):
-        torch.testing.assert_close(new, old + 0.25)
-        assert not new.requires_grad
-
-
-def test_toy_smoothed_reward_by_quadrature():
-    nodes, weights = np.polynomial.hermite_e.hermegauss(200)
-    weights = weights / weights.sum()
-    for a, std in [(-1.0, 1.0), (0.3, 0.7), (1.2, 0.4)]:
-        q, gradient, hessian = toy.smoothed_reward(a, std)
-        assert q == pytest.approx(weights @ toy.reward(a + std * nodes), abs=1e-6)
-        # score-function forms of the two derivatives
-        assert gradient == pytest.approx(weights @ (toy.reward(a + std * nodes) * nodes) / std, abs=1e-5)
-        assert hessian == pytest.approx(weights @ (toy.reward(a + std * nodes) * (nodes**2 - 1)) / std**2, abs=1e-4)
-
-
-def test_toy_critic_derivatives_against_autograd(float64):
-    generator = torch.Generator().manual_seed(0)
-    qf = toy.QNetwork(4, generator)
-    torch.nn.init.normal_(qf.w)
-    actions = torch.randn(4, requires_grad=True)
-    gradient, hessian = qf.action_derivatives(actions)
-    (expected,) = torch.autograd.grad(qf(actions.unsqueeze(1)).sum(), actions, create_graph=True)
-    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-10)
-    torch.testing.assert_close(hessian, torch.autograd.grad(expected.sum(), actions)[0], rtol=0, atol=1e-10)
+    nets = [(agent.actor, agent.target_actor), (agent.qf, agent.target_qf)]
+    before = [[p.clone() for p in target.parameters()] for _, target in nets]
+    observations, actions = torch.randn(BATCH, OBS_DIM), torch.randn(BATCH, ACTION_DIM)
+    agent.update(observations, (observations, actions, torch.ones(BATCH), observations, torch.zeros(BATCH)))
+    for (net, target), old_values in zip(nets, before, strict=True):
+        for p, lagged, old in zip(net.parameters(), target.parameters(), old_values, strict=True):
+            assert (p != old).any()
+            torch.testing.assert_close(lagged, old + 0.25 * (p - old))

@@ -1,246 +1,249 @@
 """Checkpoints: a run that was stopped, however, and resumed is the run that was not; what does not fit is refused."""
 
+import contextlib
 import csv
 import filecmp
 import glob
 import json
+import math
 import os
 import pickle
 import random
 import re
 import resource
+import select
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import ddpg_continuous
+import smoothie_closed_form
 import smoothie_continuous
 import smoothie_no_kl
-from tests.conftest import ROOT
-from tests.test_runs import scalars, start
+from tests.conftest import SHORT, command_line, popen, run, scalars, start, wait_for
+from tests.fake_envs import Alarm
 
-SHORT = ["--learning-starts", "150", "--batch-size", "32", "--eval-frequency", "150", "--eval-episodes", "2"]
-SHORT += ["--total-timesteps", "450", "--checkpoint-frequency", "60", "--save-model"]
-ARGS = {"learning_starts": 100, "batch_size": 32, "eval_frequency": 100, "eval_episodes": 1}
-ARGS |= {"total_timesteps": 300, "checkpoint_frequency": 70}
+ENVS = "tests.fake_envs"
 
 
-def popen(script, *flags, **kwargs):
-    command = [sys.executable, os.path.join(ROOT, script.__name__ + ".py"), *flags]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **kwargs)
+def load(run_dir):
+    return torch.load(f"{run_dir}/checkpoint.pt", weights_only=True)
 
 
-def in_folder(name, run):
-    """Call run() in a new folder of that name and return the folder of the run that it made."""
-    os.makedirs(name)
-    before = os.getcwd()
-    os.chdir(name)
-    try:
-        run()
-        (run_dir,) = glob.glob("runs/*")
-    finally:
-        os.chdir(before)
-    return os.path.join(name, run_dir)
-
-
-def assert_same(value, other):
+def assert_same(value, other, name=""):
     if isinstance(value, torch.Tensor):
-        assert torch.equal(value, other)
+        assert torch.equal(value, other), name
     elif isinstance(value, dict):
         assert value.keys() == other.keys()
         for key in value:
-            assert_same(value[key], other[key])
+            assert_same(value[key], other[key], f"{name}.{key}")
+    elif isinstance(value, list):
+        assert len(value) == len(other)
+        for i, item in enumerate(value):
+            assert_same(item, other[i], f"{name}[{i}]")
     else:
-        assert value == other
+        assert value == other, name
 
 
 def assert_same_run(run_dir, other):
     """Bit for bit the same returns, losses, weights, generators and transitions."""
-    assert filecmp.cmp(f"{run_dir}/evaluations.csv", f"{other}/evaluations.csv", shallow=False)
+    for name in ("evaluations.csv", "transitions.f32"):
+        assert filecmp.cmp(f"{run_dir}/{name}", f"{other}/{name}", shallow=False), name
     logged, logged_in_other = scalars(run_dir), scalars(other)
     del logged["charts/SPS"], logged_in_other["charts/SPS"]
     assert logged == logged_in_other and logged["losses/qf1_loss"]
-    assert_same(*[torch.load(f"{folder}/checkpoint/state.pt", weights_only=True) for folder in (run_dir, other)])
-    rows = [
-        sorted(glob.glob(f"{folder}/checkpoint/rows_*"), key=lambda p: int(p.split("_")[-2])) for folder in (run_dir, other)
-    ]
-    first, second = [np.concatenate([np.fromfile(path, np.float32) for path in paths]) for paths in rows]
-    assert np.array_equal(first, second, equal_nan=True)
+    assert_same(load(run_dir), load(other))
+    assert_same(*(torch.load(f"{folder}/policy.pt", weights_only=True) for folder in (run_dir, other)))
 
 
 @pytest.mark.parametrize(
     ("module", "env_id"),
-    [
-        (smoothie_continuous, "Hopper-v4"),
-        (smoothie_continuous, "Humanoid-v4"),
-        (smoothie_no_kl, "Hopper-v4"),
-        (ddpg_continuous, "Hopper-v4"),
-    ],
+    [(smoothie_continuous, "Hopper-v4"), (ddpg_continuous, "Humanoid-v4")],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_killed_at_random_moments_and_resumed(module, env_id):
     """KILLS=50 in the environment kills as often, in a run that is as much longer."""
     kills = int(os.environ.get("KILLS", "2"))
-    flags = ["--env-id", env_id, *SHORT, "--total-timesteps", str(450 + 150 * kills)]
+    flags = SHORT | {"env_id": env_id, "checkpoint_frequency": 37, "total_timesteps": 200 + 200 * kills, "eval_episodes": 1}
+    whole = run(module, "whole", **flags)
 
-    def uninterrupted():
-        assert start(module.__name__, *flags).returncode == 0
+    def checkpoint():
+        return next((os.stat(path).st_mtime_ns for path in glob.glob("runs/*/checkpoint.pt")), None)
 
-    def killed():
-        killed, resume, random_moment = 0, [], random.Random(str(os.getpid()))
-        while True:
-            process = popen(module, *(resume or flags))
-            if killed < kills:
-                while not glob.glob("runs/*/checkpoint/state.pt") and process.poll() is None:
-                    time.sleep(0.01)
-                time.sleep(random_moment.uniform(0.0, 1.0) + (3.0 if killed else 0.0))  # it takes that long to start
-                process.kill()
-            _, errors = process.communicate()
-            if process.returncode != -signal.SIGKILL:
-                assert process.returncode == 0, errors
-                assert killed, "the run ended before it could be killed"
-                return
-            killed += 1
-            resume = ["--resume", *glob.glob("runs/*")]
+    for killed in range(kills):
+        before = checkpoint()
+        process = popen(module, **{"resume": glob.glob("runs/*")[0]} if killed else flags)
+        wait_for(lambda before=before, process=process: checkpoint() != before or process.poll() is not None, "a checkpoint")
+        time.sleep(random.uniform(0.0, 0.2))
+        process.kill()
+        _, errors = process.communicate()
+        assert process.returncode == -signal.SIGKILL, errors or "the run ended before it could be killed"
+    (run_dir,) = glob.glob("runs/*")
+    time.sleep(1.1)  # TensorBoard orders its files by the second of their start
+    result = command_line(module, resume=run_dir)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(run_dir, whole)
 
-    assert_same_run(in_folder("whole", uninterrupted), in_folder("killed", killed))
+
+def test_interrupted_again_and_again_and_resumed(script):
+    """In the first evaluation, within a training episode, in a later evaluation: each time a last checkpoint."""
+    flags = SHORT | {"env_id": f"{ENVS}:Alarm-v0", "total_timesteps": 250, "eval_frequency": 80}
+    Alarm.alarm = None
+    whole = run(script, "whole", **flags, checkpoint_frequency=250)
+
+    moments = [
+        (0, 1, 3, [signal.SIGTERM, signal.SIGTERM]),  # schedulers send it again
+        (117, 0, 117, [signal.SIGINT]),
+        (160, 1, 50, [signal.SIGTERM]),  # counted from the start of the process
+    ]
+    for step, instance, count, numbers in moments:
+        Alarm.set(instance, count, *numbers)
+        result = command_line(script, **flags)
+        (run_dir,) = glob.glob("runs/*")
+        flags = {"resume": run_dir}
+        assert result.returncode == 128 + numbers[0]
+        assert result.stderr == f"step {step}: {numbers[0].name}; continue with --resume {run_dir}\n"
+        assert load(run_dir)["step"] == step
+    Alarm.alarm = None
+    result = command_line(script, resume=run_dir, checkpoint_frequency=250)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(run_dir, whole)
+
+
+def test_an_endless_first_evaluation_can_be_watched_and_stopped():
+    """Each line of stdout is flushed."""
+    process = popen(smoothie_continuous, **SHORT | {"env_id": f"{ENVS}:Endless-v0"})
+    assert select.select([process.stdout], [], [], 100)[0], "no line within 100 s"
+    run_dir = re.match("run folder: ([^,]+)", process.stdout.readline())[1]
+    time.sleep(0.5)
+    process.terminate()
+    _, errors = process.communicate(timeout=100)
+    assert (process.returncode, errors) == (143, f"step 0: SIGTERM; continue with --resume {run_dir}\n")
+    assert load(run_dir)["step"] == 0
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    """Even where the environment never returns."""
+    process = popen(smoothie_continuous, **SHORT | {"env_id": f"{ENVS}:Stuck-v0"})
+    while process.stdout.readline() != "stuck\n":
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None, "the first one waits for the step to end"
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=100)
+    assert process.returncode == -signal.SIGINT
+
+
+def test_compiled_run_repeats_itself_resumes_and_says_nothing_more():
+    flags = SHORT | {"compile": True, "env_id": f"{ENVS}:Integers-v0", "total_timesteps": 201, "checkpoint_frequency": 201}
+    result = start(smoothie_continuous, **flags)
+    assert (result.returncode, result.stderr) == (0, "")
+    (whole,) = glob.glob("runs/*")
+    parts = run(smoothie_continuous, "parts", **flags | {"total_timesteps": 117, "checkpoint_frequency": 117})
+    run(smoothie_continuous, **flags, resume=str(parts))
+    assert_same(*(load(folder)["agent"] for folder in (whole, parts)))
+    logged, other = ({key: s for key, s in scalars(folder).items() if key[:4] == "loss"} for folder in (whole, parts))
+    assert logged == other and logged["losses/kl"]
+
+
+def test_a_wrapped_buffer_and_a_longer_run():
+    """The buffer is full before the stop; the run is then made longer than it was planned."""
+    flags = {"buffer_size": 110, "checkpoint_frequency": 70, "env_id": f"{ENVS}:Integers-v0"}
+    whole = run(smoothie_continuous, "whole", **flags)
+    parts = run(smoothie_continuous, "parts", **flags | {"total_timesteps": 200})
+    run(smoothie_continuous, **flags, resume=str(parts))
+    assert_same_run(parts, whole)
+    assert os.path.getsize(whole / "transitions.f32") == 300 * 4 * (6 + 2 + 1 + 6 + 1)
 
 
 @pytest.mark.parametrize(
-    ("module", "number"), [(smoothie_continuous, signal.SIGTERM), (ddpg_continuous, signal.SIGINT)], ids=["SIGTERM", "SIGINT"]
+    "env_id", ["Hopper-v5", *(f"{ENVS}:{kind}-v0" for kind in ("Integers", "Dict", "InPlace", "RandomState"))]
 )
-def test_a_signal_writes_a_last_checkpoint(module, number):
-    flags = [*SHORT, "--checkpoint-frequency", "0", "--total-timesteps", "600"]
-
-    def stopped():
-        process = popen(module, *flags)
-        for line in process.stdout:
-            if line.startswith("step 150:"):
-                process.send_signal(number)
-                if number == signal.SIGTERM:  # schedulers send it again, perhaps while the checkpoint is being written
-                    time.sleep(random.uniform(0.0, 0.2))
-                    process.send_signal(number)
-        assert process.wait() in (128 + number, -signal.SIGTERM), "a second SIGTERM may find the process on its way out"
-        (run_dir,) = glob.glob("runs/*")
-        message = process.stderr.read()
-        assert re.fullmatch(rf"step \d+: {number.name}; go on with --resume {run_dir}\n", message), message
-        assert int(re.search(r"\d+", message)[0]) < 600
-        assert start(module.__name__, "--resume", run_dir, "--checkpoint-frequency", "600").returncode == 0
-
-    def uninterrupted():
-        assert start(module.__name__, *flags, "--checkpoint-frequency", "600").returncode == 0
-
-    assert_same_run(in_folder("stopped", stopped), in_folder("whole", uninterrupted))
+def test_any_environment_resumes_within_an_episode(env_id):
+    flags = {"env_id": env_id, "eval_frequency": 1000, "eval_episodes": 1, "total_timesteps": 170, "checkpoint_frequency": 170}
+    whole = run(smoothie_continuous, "whole", **flags)
+    parts = run(smoothie_continuous, "parts", **flags | {"total_timesteps": 138, "checkpoint_frequency": 138})
+    assert load(parts)["episode"][1] > 0, "138 steps end within an episode"
+    run(smoothie_continuous, **flags, resume=str(parts))
+    assert_same(*(load(folder)["agent"] for folder in (whole, parts)))
+    assert filecmp.cmp(whole / "transitions.f32", parts / "transitions.f32", shallow=False)
 
 
-def test_a_wrapped_buffer_and_a_longer_run(script):
-    """The ring is full before the stop; the run is then made longer than it was planned."""
-    args = ARGS | {"buffer_size": 110}
-    whole = in_folder("whole", lambda: script.train(script.Args(**args)))
-    parts = in_folder("parts", lambda: script.train(script.Args(**args | {"total_timesteps": 200})))
-    with open(f"{parts}/evaluations.csv", "a") as file:
-        file.write("2")  # of a row that a full disk cut off
-    os.chdir("parts")
-    returns = script.train(script.Args(**args, resume=os.path.relpath(parts, "parts")))
-    os.chdir("..")
-    assert len(returns) == 4
-    assert filecmp.cmp(f"{whole}/evaluations.csv", f"{parts}/evaluations.csv", shallow=False)
-    state, other = (torch.load(f"{folder}/checkpoint/state.pt", weights_only=True) for folder in (whole, parts))
-    assert_same(state, other)
-    on_disk = sum(os.path.getsize(path) for path in glob.glob(f"{whole}/checkpoint/rows_*"))
-    assert on_disk < 4 * 27 * (110 + 70 + 1), "rows that no checkpoint needs any more are removed"
+def refused(sentence, run_dir, **flags):
+    """The resumed run ends with one line on stderr, and changes nothing in its folder."""
+
+    def contents():
+        return {path: path.read_bytes() for path in Path(run_dir).rglob("*") if path.is_file()}
+
+    before = contents()
+    result = command_line(smoothie_continuous, resume=run_dir, **flags)
+    assert result.returncode == 1 and re.fullmatch(f".*{sentence}.*\n", result.stderr), result.stderr
+    assert contents() == before, "nothing that was written is lost"
 
 
-@pytest.mark.parametrize("env_id", ["tests.fake_envs:Integers-v0", "Hopper-v5"])
-def test_any_environment_resumes(script, env_id):
-    """Observations of integers, bounds of their own for each dimension, a v5 task."""
-    args = ARGS | {"env_id": env_id, "total_timesteps": 290}
-    whole = in_folder("whole", lambda: script.train(script.Args(**args)))
-    parts = in_folder("parts", lambda: script.train(script.Args(**args | {"total_timesteps": 200, "eval_frequency": 50})))
-    script.train(script.Args(**args, resume=parts))
-    states = [torch.load(f"{folder}/checkpoint/state.pt", weights_only=True)["agent"] for folder in (whole, parts)]
-    assert_same(*states)
+def test_an_environment_that_cannot_be_repeated_is_refused():
+    flags = {"env_id": f"{ENVS}:Forgetful-v0", "total_timesteps": 130, "checkpoint_frequency": 130}
+    refused("not deterministic given its seed", run(smoothie_continuous, **flags))
 
 
-def test_an_environment_that_cannot_be_repeated_is_refused(script):
-    args = ARGS | {"env_id": "tests.fake_envs:Forgetful-v0", "total_timesteps": 210}
-    run_dir = in_folder("run", lambda: script.train(script.Args(**args)))
-    refused(script, "did not repeat its episode", resume=run_dir, env_id=args["env_id"])
+def test_an_episode_longer_than_the_buffer():
+    """It cannot be replayed, for which the environment is not to blame."""
+    flags = {"env_id": f"{ENVS}:Integers-v0", "total_timesteps": 159, "checkpoint_frequency": 159}
+    run_dir = run(smoothie_continuous, buffer_size=34, **flags)
+    assert load(run_dir)["episode"][1] == 39
+    refused("--buffer-size", run_dir)
+
+
+def test_another_buffer_size_is_refused(run_dir):
+    """Rows that a smaller ring has overwritten before a checkpoint are nowhere."""
+    refused("--buffer-size", run_dir, buffer_size=500)
+
+
+@pytest.fixture(scope="module")
+def unharmed(tmp_path_factory):
+    """A finished run; tests work on copies of it."""
+    return run(smoothie_continuous, str(tmp_path_factory.mktemp("unharmed")), total_timesteps=150, checkpoint_frequency=150)
 
 
 @pytest.fixture
-def run_dir(script):
-    return in_folder("run", lambda: script.train(script.Args(**ARGS)))
+def run_dir(unharmed):
+    return shutil.copytree(unharmed, "run")
 
 
-def refused(script, sentence, **flags):
-    with pytest.raises(SystemExit) as stop:
-        script.train(script.Args(**ARGS | flags))
-    assert re.search(sentence, str(stop.value.code)) and "\n" not in stop.value.code, stop.value.code
+def test_what_does_not_fit_is_refused(run_dir):
+    run_of = f"smoothie_continuous.py with --env-id {re.escape(SHORT['env_id'])} and --seed 1"
+    refused(run_of, run_dir, env_id="Walker2d-v4")
+    refused(run_of, run_dir, seed=2)
+    refused("--total-timesteps 120: this run has taken 150 steps already", run_dir, total_timesteps=120)
+    for other in (smoothie_no_kl, smoothie_closed_form, ddpg_continuous):
+        for flag in ("resume", "evaluate"):
+            result = command_line(other, **{flag: run_dir})
+            assert result.returncode == 1 and re.fullmatch("'run': .*\n", result.stderr)
 
 
-def test_a_kill_while_writing_leaves_the_checkpoint_before(script):
-    whole = in_folder("whole", lambda: script.train(script.Args(**ARGS)))
-    replace, calls = os.replace, []
-
-    def killed_half_way(new, path):
-        if path.endswith("state.pt"):
-            calls.append(path)
-            if len(calls) == 3:
-                with open(new, "r+b") as file:
-                    file.truncate(1000)
-                raise KeyboardInterrupt
-        replace(new, path)
-
-    def interrupted():
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(os, "replace", killed_half_way)
-            script.train(script.Args(**ARGS))
-
-    broken = in_folder("broken", interrupted)
-    assert torch.load(f"{broken}/checkpoint/state.pt", weights_only=True)["global_step"] == 140
-    assert glob.glob(f"{broken}/checkpoint/rows_140_210.f32"), "rows that no checkpoint counts"
-    script.train(script.Args(**ARGS, resume=broken))
-    assert_same_run(broken, whole)
+@pytest.mark.parametrize("flag", ["resume", "evaluate"])
+@pytest.mark.parametrize("folder", ["nowhere", "", "empty", "no json", "another program"])
+def test_another_folder_is_refused(flag, folder):
+    for name, content in [("empty", None), ("no json", "{"), ("another program", '{"model": "gpt2"}')]:
+        os.mkdir(name)
+        if content:
+            Path(name, "config.json").write_text(content)
+    result = command_line(smoothie_continuous, f"--{flag}", folder)
+    assert result.returncode == 1 and re.fullmatch(f"'{folder}': .*\n", result.stderr)
+    assert sorted(os.listdir()) == ["another program", "empty", "no json"]
 
 
-def test_what_does_not_fit_is_refused(script, run_dir):
-    before = {path: os.path.getsize(path) for path in glob.glob(f"{run_dir}/**", recursive=True) if os.path.isfile(path)}
-    refused(
-        script, "env_id of this checkpoint is Hopper-v4, that of this run Walker2d-v4", resume=run_dir, env_id="Walker2d-v4"
-    )
-    refused(script, "seed of this checkpoint is 1, that of this run 2", resume=run_dir, seed=2)
-    other = ddpg_continuous if script is not ddpg_continuous else smoothie_continuous
-    refused(other, f"script of this checkpoint is {script.__name__}.py", resume=run_dir)
-    refused(script, "state.pt: not there", resume=os.path.dirname(run_dir))
-
-    path = f"{run_dir}/checkpoint/state.pt"
-    state = torch.load(path, weights_only=True)
-    weight = state["agent"]["qf.fc1.weight"]
-    for change, sentence in [
-        ({"identity": state["identity"] | {"format": 0}}, "format of this checkpoint is 0, that of this run 1"),
-        ({"agent": state["agent"] | {"qf.fc1.weight": weight[:7]}}, "size mismatch for qf.fc1.weight"),
-        ({"count": 500}, "100 of 300 transitions are there"),
-    ]:
-        torch.save(state | change, path)
-        refused(script, sentence, resume=run_dir)
-    torch.save(state, path)
-    rows = glob.glob(f"{run_dir}/checkpoint/rows_*")[0]
-    with open(rows, "r+b") as file:
-        file.truncate(1000)
-    refused(script, "does not fit or is not whole", resume=run_dir)
-    with open(path, "r+b") as file:
-        file.truncate(before[path] // 2)
-    refused(script, "state.pt: cannot be read", resume=run_dir)
-    del before[path], before[rows]
-    assert before == {name: os.path.getsize(name) for name in before}, "nothing that was written is lost"
+def test_an_empty_name_does_not_start_a_new_run(run_dir):
+    """As where a shell variable is not set, here in the run's own folder."""
+    os.chdir(run_dir)
+    command_line(smoothie_continuous, "--resume", "")
+    assert not os.path.exists("runs")
 
 
 class Malicious:
@@ -248,113 +251,143 @@ class Malicious:
         return os.mkdir, ("pwned",)
 
 
-@pytest.mark.parametrize(
-    "save", [torch.save, lambda value, path: pickle.dump(value, open(path, "wb"))], ids=["torch", "pickle"]
-)
-def test_a_malicious_file_is_refused(script, run_dir, save):
-    save({"identity": Malicious()}, f"{run_dir}/checkpoint/state.pt")
-    refused(script, "state.pt: cannot be read", resume=run_dir)
-    save(Malicious(), f"{run_dir}/policy.pt")
-    with pytest.raises(SystemExit, match=r"policy\.pt: cannot be read"):
-        script.watch(script.Args(evaluate=run_dir))
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty", "weights", "transitions", "torch", "pickle"])
+def test_a_damaged_or_malicious_checkpoint_is_refused(run_dir, damage):
+    path, state = Path(run_dir, "checkpoint.pt"), load(run_dir)
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:100_000])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "weights":
+        torch.save(state | {"agent": state["agent"] | {"qf.fc1.weight": state["agent"]["qf.fc1.weight"][:7]}}, path)
+    elif damage == "transitions":
+        os.truncate(f"{run_dir}/transitions.f32", 1000)
+    elif damage == "torch":
+        torch.save(state | {"step": Malicious()}, path)
+    elif damage == "pickle":
+        path.write_bytes(pickle.dumps(Malicious(), protocol=2))
+    refused(r"^run: the checkpoint is missing, damaged or of another network \(\w+\)", run_dir)
     assert not os.path.exists("pwned")
 
 
-def test_two_runs_in_one_folder(script, run_dir):
-    logger = script.Logger(script.Args(resume=run_dir))
-    refused(script, "another run is going on in this folder", resume=run_dir)
-    logger.close()
-    assert len(script.train(script.Args(**ARGS, resume=run_dir))) == 4, "a finished run has nothing left to do"
+@pytest.mark.parametrize("damage", ["missing", "cut", "torch", "pickle"])
+def test_a_damaged_or_malicious_policy_is_refused(run_dir, damage):
+    path = Path(run_dir, "policy.pt")
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:100_000])
+    elif damage == "torch":
+        torch.save({"fc1.weight": Malicious()}, path)
+    elif damage == "pickle":
+        path.write_bytes(pickle.dumps(Malicious(), protocol=2))
+    with contextlib.suppress(RuntimeError, pickle.UnpicklingError):  # torch's own errors
+        result = command_line(smoothie_continuous, evaluate=run_dir)
+        assert damage == "missing" and result.returncode == 1 and re.fullmatch(".*policy.pt.*\n", result.stderr), result.stderr
+    assert not os.path.exists("pwned")
 
 
-def test_a_deleted_folder_ends_the_run_in_one_sentence(script, monkeypatch):
-    evaluate = script.evaluate
+def test_a_kill_while_writing_leaves_the_checkpoint_before(monkeypatch):
+    flags = {"checkpoint_frequency": 70, "env_id": f"{ENVS}:Integers-v0"}
+    whole = run(smoothie_continuous, "whole", **flags)
+    replace, write_bytes, written = Path.replace, Path.write_bytes, []
 
-    def deleting(*args):
-        if os.path.exists(f"{glob.glob('runs/*')[0]}/evaluations.csv") and len(calls) == 1:
-            os.rename("runs", "gone")  # at once, as TensorBoard's thread may be writing into it; then delete it
-            shutil.rmtree("gone", ignore_errors=True)
-        calls.append(args)
-        return evaluate(*args)
+    def killed_half_way(path, content):
+        if "checkpoint" in path.name:
+            written.append(path)
+            if len(written) == 3:
+                write_bytes(path, content[:1000])
+                raise KeyboardInterrupt
+        return write_bytes(path, content)
 
-    calls = []
-    monkeypatch.setattr(script, "evaluate", deleting)
-    refused(script, "cannot write .No such file or directory.; is there room")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_bytes", killed_half_way)
+        run(smoothie_continuous, "broken", **flags)
+    assert Path.replace is replace
+    (broken,) = glob.glob("broken/runs/*")
+    assert load(broken)["step"] == 140
+    assert os.path.getsize(f"{broken}/transitions.f32") > 140 * 4 * 16, "rows that no checkpoint counts"
+    run(smoothie_continuous, **flags, resume=broken)
+    assert_same_run(broken, whole)
 
 
-def test_a_full_disk_ends_the_run_in_one_sentence_and_keeps_the_checkpoint(script):
-    """A bound on the size of files stands for the full disk: rows fit under it, the state does not."""
-    run_dir = in_folder("run", lambda: script.train(script.Args(**ARGS | {"total_timesteps": 150})))
-    before = torch.load(f"{run_dir}/checkpoint/state.pt", weights_only=True)
+def test_a_full_disk_ends_the_run_in_one_sentence_and_keeps_the_checkpoint(run_dir):
+    """A bound on the size of files stands for the full disk: transitions fit under it, the checkpoint does not."""
+    before = load(run_dir)
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
-    process = popen(script, "--resume", run_dir, "--total-timesteps", "400", preexec_fn=limit)
-    _, errors = process.communicate()
-    assert process.returncode == 1
-    assert re.fullmatch(rf"{run_dir}: cannot write \(File too large\); is there room, .*\n", errors), errors
-    assert_same(torch.load(f"{run_dir}/checkpoint/state.pt", weights_only=True), before)
+    result = start(smoothie_continuous, preexec_fn=limit, resume=run_dir, total_timesteps=160, checkpoint_frequency=5)
+    assert result.returncode == 1
+    assert re.fullmatch(r"cannot read or write: .*File too large.*\n", result.stderr), result.stderr
+    assert_same(load(run_dir), before)
 
 
-def test_the_checkpoint_before_a_divergence_stays(script):
-    flags = ["--env-id", "tests.fake_envs:NaNReward-v0", *SHORT, "--learning-starts", "100"]
-    result = start(script.__name__, *flags)
-    assert result.returncode == 1 and "training has diverged" in result.stderr
-    (run_dir,) = glob.glob("runs/*")
-    state = torch.load(f"{run_dir}/checkpoint/state.pt", weights_only=True)
+def test_a_deleted_folder_ends_the_run_in_one_sentence(monkeypatch):
+    evaluate = smoothie_continuous.evaluate
+
+    def deleting(*args):
+        if calls:
+            shutil.rmtree("runs")
+        calls.append(args)
+        return evaluate(*args)
+
+    calls = []
+    monkeypatch.setattr(smoothie_continuous, "evaluate", deleting)
+    with pytest.raises(FileNotFoundError, match="No such file or directory"):  # which the last lines print in one
+        run(smoothie_continuous)
+    assert not os.path.exists("runs"), "a deleted folder stays deleted"
+
+
+def test_the_checkpoint_before_a_divergence_stays(monkeypatch):
+    """A check comes before each checkpoint, not only at every hundredth step."""
+
+    class Diverging(smoothie_continuous.Smoothie):
+        updates = 0
+
+        def update(self, observations, batch):
+            self.updates += 1
+            with torch.no_grad():
+                self.qf.fc_q.bias += math.nan if self.updates > 23 else 0.0
+            return {}
+
+    monkeypatch.setattr(smoothie_continuous, "Smoothie", Diverging)
+    with pytest.raises(SystemExit, match=r"step 130: \S+ is not finite, training has diverged"):
+        run(smoothie_continuous, checkpoint_frequency=10)
+    state = load(*glob.glob("runs/*"))
+    assert state["step"] == 120
     assert all(value.isfinite().all() for value in state["agent"].values())
-    assert int(re.match(r"step (\d+)", result.stderr)[1]) - state["global_step"] <= 60
 
 
 def test_evaluate_repeats_the_last_evaluation(script):
-    assert start(script.__name__, "--env-id", "Humanoid-v4", *SHORT).returncode == 0
-    (run_dir,) = glob.glob("runs/*")
-    result = start(script.__name__, "--evaluate", run_dir)
-    assert result.returncode == 0, result.stderr
+    run_dir = run(script, total_timesteps=130, env_id="Hopper-v4")
     with open(f"{run_dir}/evaluations.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row["global_step"] == "450"]
-    expected = [(row["episodic_return"], row["episodic_length"]) for row in rows]
-    assert re.findall(r"^episode \d: return (\S+), (\d+) steps$", result.stdout, re.M) == expected
-    assert len(start(script.__name__, "--evaluate", run_dir, "--eval-episodes", "3").stdout.splitlines()) == 4
-    assert start(script.__name__, "--evaluate", run_dir, "--eval-episodes", "0").stderr.startswith(
-        "--eval-episodes 0: must lie"
-    )
+        rows = [row for row in csv.DictReader(file) if row["global_step"] == "130"]
+    expected = [[float(row["episodic_return"]), int(row["episodic_length"])] for row in rows]
+    result = command_line(script, evaluate=run_dir)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.split("return and length of each episode: ")[1]) == expected
+    assert f"mean return {np.mean(expected, 0)[0]:.2f};" in result.stdout
+    result = command_line(script, evaluate=run_dir, eval_episodes=3)
+    longer = json.loads(result.stdout.split("each episode: ")[1])
+    assert len(longer) == 3 and longer[:2] == expected
 
 
-def test_a_video_that_cannot_be_written_ends_the_run_in_one_sentence(script, monkeypatch):
-    """A file stands where the folder of the videos should be."""
-    monkeypatch.setenv("MUJOCO_GL", "egl")
-    path = script.Logger.path
-    monkeypatch.setattr(
-        script.Logger, "path", lambda self, *names: path(self, *("lock" if n == "videos" else n for n in names))
-    )
-    refused(script, r"cannot write \((Not a directory|File exists)\)", capture_video=True)
-
-
-def test_evaluate_and_resume_refuse_other_folders(script):
-    for flag in ("--evaluate", "--resume"):
-        result = start(script.__name__, flag, "nowhere")
-        assert result.returncode == 1
-        assert re.fullmatch(r"nowhere: not the folder of a run of this script .*\n", result.stderr)
-    result = start(script.__name__, "--render")
-    assert result.returncode == 1 and result.stderr.startswith("--render: goes with --evaluate")
-
-
-def test_config_holds_flags_versions_and_commit(script, run_dir):
-    with open(f"{run_dir}/config.json") as file:
-        config = json.load(file)
-    assert config["total_timesteps"] == 300 and config["resume"] is None
+def test_config_tells_what_made_the_run(run_dir):
+    """The flags, and for each start the versions, the commit and the script's hash."""
+    config = json.loads(Path(run_dir, "config.json").read_text())
+    assert config["total_timesteps"] == 150 and config["resume"] is None
     (made_by,) = config["provenance"]
-    assert made_by["torch"] == torch.__version__
-    assert made_by["commit"] is None or re.match(r"[0-9a-f]{40}", made_by["commit"])
+    assert {"torch", "gymnasium", "mujoco", "numpy", "commit", "script_sha256"} == made_by.keys()
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", made_by["commit"] or 40 * "0")
 
     config["provenance"] = [made_by | {"torch": "1.0.0"}]
-    with open(f"{run_dir}/config.json", "w") as file:
-        json.dump(config, file)
-    for _ in range(2):
-        script.train(script.Args(**ARGS, resume=run_dir))
-        with open(f"{run_dir}/config.json") as file:
-            assert json.load(file)["provenance"] == [made_by | {"torch": "1.0.0"}, made_by], (
-                "every version that made the numbers"
-            )
+    Path(run_dir, "config.json").write_text(json.dumps(config))
+    assert command_line(smoothie_continuous, resume=run_dir, total_timesteps=151, threads=2).returncode == 0
+    torch.set_num_threads(1)
+    config = json.loads(Path(run_dir, "config.json").read_text())
+    assert config["provenance"] == [made_by | {"torch": "1.0.0"}, made_by]
+    assert (config["total_timesteps"], config["threads"], config["gamma"]) == (151, 2, 0.99)

@@ -1,16 +1,20 @@
-"""The fast update, as it is and compiled, against the plain mathematics in float64."""
+"""The update, as it is and compiled, against the plain mathematics in float64; what starts it and what it reports."""
 
 import copy
+import itertools
 import math
 
 import pytest
 import torch
 
 import ddpg_continuous
+import smoothie_closed_form
 import smoothie_continuous
+import smoothie_no_kl
 from tests.conftest import agent_class
 
 OBS_DIM, ACTION_DIM, BATCH = 17, 6, 16
+PLAIN = [smoothie_continuous, smoothie_no_kl, ddpg_continuous]  # test_closed_form.py holds the fourth against its formulas
 
 
 class Plain:
@@ -32,7 +36,7 @@ class Plain:
 
     def update(self, observations, batch, noise):
         observations, noise, batch = observations.double(), noise.double(), [x.double() for x in batch]
-        smoothie, args = self.script is not ddpg_continuous, self.args
+        smoothie, args, metrics = self.script is not ddpg_continuous, self.args, {}
         mean = self.actor(observations)
 
         def q(action, observation):
@@ -44,11 +48,14 @@ class Plain:
             hessians = torch.vmap(torch.func.hessian(q))(mean.detach(), observations)
             covariance = torch.diag(self.actor.log_var.exp())
             objective = objective + 0.5 * torch.einsum("bij,ji->b", hessians.detach(), covariance).mean()
+            metrics["losses/hessian"] = hessians.diagonal(dim1=1, dim2=2).mean()
             if self.script is smoothie_continuous:
                 kl = torch.distributions.kl_divergence(
                     self.policy(self.actor, observations), self.policy(self.target_actor, observations)
                 ).mean()
                 objective = objective - args.kl_coef * self.value_scale * kl
+                metrics["losses/kl"] = kl
+        metrics["losses/actor_loss"] = -objective
         for p in self.actor.parameters():
             p.grad = None
         (-objective).backward()
@@ -63,72 +70,104 @@ class Plain:
             if smoothie:
                 actions = actions + noise * self.actor.log_var.exp().sqrt()
                 self.value_scale = (1 - args.tau) * self.value_scale + args.tau * targets.abs().mean()
+                metrics["losses/value_scale"] = self.value_scale
+        values = self.qf(observations, actions)
+        loss = (values - targets).square().mean()
+        metrics |= {"losses/qf1_values": values.mean(), "losses/qf1_loss": loss}
         self.q_optimizer.zero_grad()
-        (self.qf(observations, actions) - targets).square().mean().backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.qf.parameters(), args.max_grad_norm)
         self.q_optimizer.step()
         with torch.no_grad():
             for net, target in [(self.actor, self.target_actor), (self.qf, self.target_qf)]:
                 for p, lagged in zip(net.parameters(), target.parameters(), strict=True):
                     lagged.copy_((1 - args.tau) * lagged + args.tau * p)
+        return {name: value.item() for name, value in metrics.items()}
 
 
-def differences(script, agent, update, updates=100):
-    """Run both; return the largest difference in a weight after one update and after all, and how far the weights came."""
-    torch.nn.init.normal_(agent.qf.fc_q.weight, std=0.5)  # large derivatives, and a gradient that gets clipped
-    plain, start = Plain(script, agent), copy.deepcopy(agent.state_dict())
-    nets = ("actor", "target_actor", "qf", "target_qf")
-
-    def largest(other):
-        ours = agent.state_dict()
-        return max((ours[name].double() - value).abs().max().item() for name, value in other.items() if name in ours)
-
-    def plain_state():
-        return {f"{net}.{name}": value for net in nets for name, value in getattr(plain, net).state_dict().items()}
-
+def draws(dtype):
+    """Endless batches: the policy's observations and the critic's transitions, some of which end an episode."""
     generator = torch.Generator().manual_seed(1)
-    dtype = next(agent.parameters()).dtype
-    found = []
-    for step in range(updates):
+    while True:
         draw = torch.randn(BATCH, 3 * OBS_DIM + ACTION_DIM + 2, generator=generator, dtype=torch.float32).to(dtype)
         *parts, other = draw.split([OBS_DIM, ACTION_DIM, 1, OBS_DIM, 1, OBS_DIM], 1)
-        batch = [parts[0], parts[1], 20 * parts[2].squeeze(1), parts[3], (parts[4].squeeze(1) > 1).to(dtype)]
+        yield other, [parts[0], parts[1], 20 * parts[2].squeeze(1), parts[3], (parts[4].squeeze(1) > 1).to(dtype)]
+
+
+def furthest(agent, weights):
+    """The largest difference between a weight of a network and its value in `weights`."""
+    ours = weights_of(agent)
+    return max((ours[name] - value).abs().max().item() for name, value in weights.items())
+
+
+def weights_of(learner):
+    nets = {net: getattr(learner, net) for net in ("actor", "target_actor", "qf", "target_qf")}
+    weights = {f"{net}.{name}": value for net, module in nets.items() for name, value in module.state_dict().items()}
+    return {name: value.double().clone() for name, value in weights.items()}
+
+
+def compare(script, agent, updates=100):
+    """Run both. Return the largest difference in weights after one update, after all, in what is logged, and the way gone."""
+    plain, start, found, in_metrics = Plain(script, agent), weights_of(agent), [], 0.0
+    for step, (observations, batch) in enumerate(itertools.islice(draws(next(agent.parameters()).dtype), updates)):
         torch.manual_seed(step)
         noise = torch.randn_like(batch[1])
         torch.manual_seed(step)
-        update(other, batch)
-        plain.update(other, batch, noise)
+        metrics, expected = agent.update(observations, batch), plain.update(observations, batch, noise)
+        assert metrics.keys() == expected.keys()
+        in_metrics = max(in_metrics, *(abs(metrics[name].item() - value) for name, value in expected.items()))
         if step in (0, updates - 1):
-            found.append(largest(plain_state()))
-    return found, largest({name: value for name, value in start.items() if name.split(".")[0] in nets})
+            found.append(furthest(agent, weights_of(plain)))
+    return *found, in_metrics, furthest(agent, start)
 
 
 def new_agent(script):
     torch.manual_seed(0)
     flags = {} if script is ddpg_continuous else {"log_var_init": -1.0}
-    if script is smoothie_continuous:
+    if hasattr(script.Args, "kl_coef"):
         flags["kl_coef"] = 0.02  # large enough to be seen
-    return agent_class(script)(OBS_DIM, ACTION_DIM, script.Args(batch_size=BATCH, **flags))
+    agent = agent_class(script)(OBS_DIM, ACTION_DIM, script.Args(batch_size=BATCH, **flags))
+    torch.nn.init.normal_(agent.qf.fc_q.weight, std=0.5)  # large derivatives, and a gradient that gets clipped
+    return agent
 
 
-def test_update_is_the_plain_mathematics(float64, script):
-    agent = new_agent(script)
-    (after_one, after_all), moved = differences(script, agent, agent.update)
-    assert after_one < 1e-11 and after_all < 1e-9 and moved > 0.05, (after_one, after_all, moved)
+@pytest.mark.parametrize("module", PLAIN, ids=lambda module: module.__name__)
+def test_update_is_the_plain_mathematics(float64, module):
+    after_one, after_all, in_metrics, way = compare(module, new_agent(module))
+    assert after_one < 1e-10 and after_all < 1e-8 and in_metrics < 1e-6 and way > 0.05, (after_one, after_all, in_metrics, way)
 
 
-@pytest.mark.parametrize("compile", [False, True], ids=["as it is", "compiled"])
-def test_float32_update_stays_close_to_the_plain_mathematics(script, compile):
-    agent = new_agent(script)
-    update = script.compiled(agent.update) if compile else agent.update
-    (after_one, after_all), moved = differences(script, agent, update)
-    assert after_one < 1e-4 and after_all < 1e-3 and moved > 0.5, (after_one, after_all, moved)
+@pytest.mark.parametrize("module", PLAIN, ids=lambda module: module.__name__)
+def test_float32_update_stays_close_to_the_plain_mathematics(module):
+    after_one, after_all, _, way = compare(module, new_agent(module))
+    assert after_one < 1e-4 and after_all < 1e-3 and way > 0.5, (after_one, after_all, way)
 
 
-def test_adam_is_torchs(float64, script):
+@pytest.mark.parametrize(
+    "module", [smoothie_continuous, smoothie_closed_form, ddpg_continuous], ids=lambda module: module.__name__
+)
+def test_compiled_update_is_the_update(module):
+    """With the same random numbers, too."""
+    agent, compiled = new_agent(module), new_agent(module)
+    update, start = module.compile_update(compiled.update), weights_of(agent)
+    assert update != compiled.update, "it can be compiled here"
+    for step, (observations, batch) in enumerate(itertools.islice(draws(torch.float32), 100)):
+        torch.manual_seed(step)
+        expected = agent.update(observations, batch)
+        torch.manual_seed(step)
+        metrics = update(observations, batch)
+        if step == 0:
+            assert furthest(compiled, weights_of(agent)) < 1e-4
+            assert {name: value.item() for name, value in metrics.items()} == pytest.approx(
+                {name: value.item() for name, value in expected.items()}, rel=1e-3, abs=1e-4
+            )
+    assert furthest(compiled, weights_of(agent)) < 1e-3 and furthest(compiled, start) > 0.5
+
+
+def test_adam_is_torchs(float64):
     params = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(3))]
     theirs = copy.deepcopy(params)
-    adam, reference = script.Adam(params, 1e-2), torch.optim.Adam(theirs, 1e-2)
+    adam, reference = smoothie_continuous.Adam(params, 1e-2), torch.optim.Adam(theirs, 1e-2)
     for step in range(300):
         grads = [10.0 ** (step % 5 - 4) * torch.randn_like(p) for p in params]
         adam.step(grads)
@@ -139,10 +178,62 @@ def test_adam_is_torchs(float64, script):
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_a_large_gradient_is_clipped(float64, script):
-    """Adam hides the size of a gradient in its step, not in its moments: m = 0.1 g, of norm 0.1 max_grad_norm."""
-    agent = new_agent(script)
-    batch = [torch.randn(BATCH, OBS_DIM), torch.randn(BATCH, ACTION_DIM), torch.full((BATCH,), 1e6)]
-    agent.update_critic(*batch, torch.randn(BATCH, OBS_DIM), torch.zeros(BATCH))
-    norm = math.sqrt(sum(m.square().sum() for m in agent.q_optimizer.m))
-    assert norm == pytest.approx(0.1 * agent.args.max_grad_norm, rel=1e-9)
+@pytest.mark.parametrize("factor", [1e6, 1.0], ids=["large", "small"])
+def test_a_large_gradient_is_clipped_and_a_small_one_is_left_alone(float64, script, factor):
+    """Adam hides the size of a gradient in its step, not in its moments: m is 0.1 times the first gradient."""
+    agent, free = (agent_class(script)(OBS_DIM, ACTION_DIM, script.Args(max_grad_norm=bound)) for bound in (4.0, math.inf))
+    free.load_state_dict(agent.state_dict())
+    batch = [torch.randn(BATCH, OBS_DIM), torch.randn(BATCH, ACTION_DIM), factor * torch.ones(BATCH)]
+    batch += [torch.randn(BATCH, OBS_DIM), torch.zeros(BATCH)]
+    for learner in (agent, free):
+        torch.manual_seed(0)
+        learner.update_critic(*batch)
+    clipped, unclipped = (torch.cat([10 * m.flatten() for m in learner.q_optimizer.m]) for learner in (agent, free))
+    assert (unclipped.norm() > 4.0) == (factor > 1) and unclipped.norm() > 1e-3
+    expected = 4.0 * unclipped / unclipped.norm() if factor > 1 else unclipped
+    torch.testing.assert_close(clipped, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_without_rewards_the_value_scale_stays_above_zero(smoothie):
+    """The learning rate of phi is divided by it."""
+    agent = smoothie.Smoothie(OBS_DIM, ACTION_DIM, smoothie.Args(gamma=0.0, tau=1.0))
+    observations, batch = next(draws(torch.float32))
+    batch[2].zero_()
+    for _ in range(3):
+        metrics = agent.update(observations, batch)
+    assert 0 < metrics["losses/value_scale"].item() < 1e-3
+    assert all(p.isfinite().all() for p in agent.parameters())
+
+
+def test_networks_are_what_they_say(float64, script):
+    """Shapes, activations and initial values, written out."""
+    agent = agent_class(script)(OBS_DIM, ACTION_DIM, script.Args())
+    for layer in (agent.actor.fc_mean, agent.qf.fc_q):  # uniform within 3e-3, so that first values and means are small
+        for p in layer.parameters():
+            assert p.abs().max() <= 3e-3
+        assert layer.weight.std().item() == pytest.approx(3e-3 / math.sqrt(3), rel=0.15)
+    for net, target in [(agent.actor, agent.target_actor), (agent.qf, agent.target_qf)]:
+        for p, lagged in zip(net.parameters(), target.parameters(), strict=True):
+            assert torch.equal(p, lagged) and p.requires_grad and not lagged.requires_grad
+    if script is not ddpg_continuous:
+        assert agent.actor.log_var.tolist() == ACTION_DIM * [script.Args.log_var_init]
+
+    for net in (agent.actor, agent.qf):
+        for p in net.parameters():
+            torch.nn.init.normal_(p, std=0.1)  # so that a wrong activation shows
+    s, a = torch.randn(BATCH, OBS_DIM), torch.randn(BATCH, ACTION_DIM)
+    weights = {name.removesuffix(".weight"): p for name, p in agent.actor.named_parameters()}
+    h = (s @ weights["fc1"].T + weights["fc1.bias"]).clamp(min=0)
+    h = (h @ weights["fc2"].T + weights["fc2.bias"]).clamp(min=0)
+    expected = (h @ weights["fc_mean"].T + weights["fc_mean.bias"]).tanh()
+    assert h.shape == (BATCH, 300)
+    torch.testing.assert_close(agent.actor(s), expected, rtol=0, atol=1e-12)
+
+    weights = {name.removesuffix(".weight"): p for name, p in agent.qf.named_parameters()}
+    h = (s @ weights["fc1"].T + weights["fc1.bias"]).clamp(min=0)
+    z = torch.cat([h, a], 1) @ weights["fc2"].T + weights["fc2.bias"]
+    assert h.shape == (BATCH, 400) and z.shape == (BATCH, 300)
+    relu, gelu = z.clamp(min=0), z * torch.distributions.Normal(0, 1).cdf(z)
+    expected = [(h @ weights["fc_q"].T + weights["fc_q.bias"])[:, 0] for h in (relu, gelu)]
+    allowed = {smoothie_closed_form: expected[:1], ddpg_continuous: expected}.get(script, expected[1:])
+    assert any(torch.allclose(agent.qf(s, a), value, rtol=0, atol=1e-12) for value in allowed)
