@@ -186,8 +186,9 @@ for kind in (Discrete, Unbounded, Square, Scalar):  # which the scripts refuse
     gym.register(f"{kind.__name__}-v0", entry_point=kind, max_episode_steps=7)
 gym.register("NaNReward-v0", entry_point=Recorder, max_episode_steps=7, kwargs={"nan_after": 250})
 gym.register("NaNObservation-v0", entry_point=Recorder, max_episode_steps=7, kwargs={"nan_after": 250, "nan_in": "observation"})
-# the real tasks with a time limit that a short run reaches
+# the real tasks with a time limit that a short run reaches, and one that a film can show
 gym.register("ShortHopper-v4", entry_point="gymnasium.envs.mujoco.hopper_v4:HopperEnv", max_episode_steps=10)
+gym.register("FilmedHopper-v4", entry_point="gymnasium.envs.mujoco.hopper_v4:HopperEnv", max_episode_steps=30)
 gym.register("ShortHumanoid-v4", entry_point="gymnasium.envs.mujoco.humanoid_v4:HumanoidEnv", max_episode_steps=10)
 
 

@@ -12,7 +12,7 @@ import ddpg_continuous
 import smoothie_closed_form
 import smoothie_continuous
 import smoothie_no_kl
-from tests.conftest import ROOT, SCRIPTS, start
+from tests.conftest import ROOT, SCRIPTS, SHORT, start
 
 
 def test_a_copied_script_runs_on_a_module_in_the_current_folder(finished):
@@ -63,7 +63,7 @@ def test_videos_show_something_that_moves():
     import imageio.v3 as iio
 
     env = {"MUJOCO_GL": os.environ.get("MUJOCO_GL", "egl")}
-    flags = {"compile": False, "learning_starts": 100, "total_timesteps": 101, "eval_frequency": 101, "eval_episodes": 2}
+    flags = SHORT | {"env_id": "tests.fake_envs:FilmedHopper-v4", "total_timesteps": 101, "eval_frequency": 101}
     result = start(smoothie_continuous, env, capture_video=True, **flags)
     assert result.returncode == 0, result.stderr
     run_dir = re.search(r"results are in (\S+)", result.stdout)[1]
