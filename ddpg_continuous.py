@@ -50,7 +50,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
     seed: int = 1  # seed of the networks, exploration, replay and environment
     cuda: bool = True  # use the GPU if there is one
-    compile: bool = True  # compile the update into one graph: slower to start, then about twice as fast
+    compile: bool = True  # compile the update into one graph: slower to start, then 1.6 to 2 times as fast
     threads: int = 1  # CPU threads that PyTorch uses
     track: bool = False  # mirror every logged value to Weights & Biases
     wandb_project_name: str = "smoothie"  # the Weights & Biases project
@@ -92,8 +92,10 @@ def make_env(env_id, render_mode=None):
     """Return the task with flat observations, and with actions scaled from [-1, 1] to its bounds and clipped to them."""
     try:
         env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
-        if not isinstance(space := env.action_space, gym.spaces.Box) or len(space.shape) != 1 or not space.is_bounded():
-            raise ValueError(f"needs a one-dimensional Box of bounded actions, not {space}")
+        space = env.action_space
+        box = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f" and space.is_bounded()
+        if not box or (space.low == space.high).any():
+            raise ValueError(f"needs a one-dimensional Box of bounded real actions, not {space}")
         env = gym.wrappers.TransformAction(env, lambda action: np.clip(action, space.low, space.high), space)
         env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), np.float32(-1), np.float32(1))
     except (gym.error.Error, ImportError, NotImplementedError, ValueError) as error:
@@ -264,9 +266,8 @@ def write(path, content):
     """Replace the file by a string, or by a dict as torch.save writes it; a kill or a full disk leaves the old file."""
     if isinstance(content, dict):
         torch.save(content, buffer := io.BytesIO())
-    new = Path(f"{path}.new")
-    new.write_bytes(buffer.getbuffer() if isinstance(content, dict) else content.encode())
-    new.replace(path)
+    Path(f"{path}.new").write_bytes(buffer.getbuffer() if isinstance(content, dict) else content.encode())
+    Path(f"{path}.new").replace(path)
 
 
 def check_finite(losses, agent, step):
@@ -363,7 +364,6 @@ def main(args):
                 sps, clock = LOG_FREQUENCY / (time.time() - clock), time.time()
                 speed = f", {sps:.0f} steps/s"
                 logs |= losses | {"charts/SPS": sps}
-
         if (step % args.eval_frequency == 0 or last) and not (evaluations and evaluations[-1][0] == step):
             if results := evaluate(agent.actor, eval_env, args, run_dir / f"step_{step}.mp4"):
                 evaluations += [[step, episode, *result] for episode, result in enumerate(results)]

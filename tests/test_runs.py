@@ -108,6 +108,8 @@ ENVS = "tests.fake_envs"
         ({"env_id": f"{ENVS}:Unbounded-v0"}, "Unbounded-v0: .*bound"),
         ({"env_id": f"{ENVS}:Square-v0"}, "Square-v0: "),
         ({"env_id": f"{ENVS}:Scalar-v0"}, "Scalar-v0: "),
+        ({"env_id": f"{ENVS}:IntegerActions-v0"}, "IntegerActions-v0: needs .* real actions"),
+        ({"env_id": f"{ENVS}:FixedAction-v0"}, "FixedAction-v0: needs .* real actions"),
         ({"gamma": 1.5}, "gamma 1.5: must lie between 0 and 1"),
         ({"gamma": math.nan}, "gamma nan"),
         ({"q_lr": math.nan}, "q-lr nan"),
