@@ -50,7 +50,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 LOG_FREQUENCY = 100  # environment steps between two records of the losses
-signals = []  # Ctrl-C and SIGTERM, until the training loop looks
+STOP, signals = {signal.SIGINT, signal.SIGTERM}, []  # what stops a run, and what has come until the training loop looks
 
 
 @dataclass
@@ -101,15 +101,15 @@ def make_env(env_id, render_mode=None):
     """Return the task with flat observations, and with actions scaled from [-1, 1] to its bounds and clipped to them."""
     try:
         env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
-        space = env.action_space
+        space, states = env.action_space, env.observation_space
         box = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f" and space.is_bounded()
-        if not box or (space.low == space.high).any():
-            raise ValueError(f"needs a one-dimensional Box of bounded real actions, not {space}")
+        if not box or (space.low == space.high).any() or not states.is_np_flattenable:
+            raise ValueError(f"needs a 1-D Box of bounded real actions and observations of a fixed size, not {space}, {states}")
         env = gym.wrappers.TransformAction(env, lambda action: np.clip(action, space.low, space.high), space)
         env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), np.float32(-1), np.float32(1))
+        return gym.wrappers.RecordEpisodeStatistics(env)
     except (gym.error.Error, ImportError, NotImplementedError, ValueError) as error:
         sys.exit(f"--env-id {env_id}: {' '.join(str(error).split())}")
-    return gym.wrappers.RecordEpisodeStatistics(env)
 
 
 class Actor(nn.Module):
@@ -118,8 +118,7 @@ class Actor(nn.Module):
     def __init__(self, obs_dim, action_dim, log_var_init):
         super().__init__()
         self.fc1, self.fc2, self.fc_mean = nn.Linear(obs_dim, 400), nn.Linear(400, 300), nn.Linear(300, action_dim)
-        for p in self.fc_mean.parameters():
-            nn.init.uniform_(p, -3e-3, 3e-3)
+        nn.init.uniform_(self.fc_mean.weight, -3e-3, 3e-3)
         self.log_var = nn.Parameter(torch.full((action_dim,), log_var_init))
 
     def forward(self, observations):
@@ -137,8 +136,7 @@ class QNetwork(nn.Module):
     def __init__(self, obs_dim, action_dim):
         super().__init__()
         self.fc1, self.fc2, self.fc_q = nn.Linear(obs_dim, 400), nn.Linear(400 + action_dim, 300), nn.Linear(300, 1)
-        for p in self.fc_q.parameters():
-            nn.init.uniform_(p, -3e-3, 3e-3)
+        nn.init.uniform_(self.fc_q.weight, -3e-3, 3e-3)
 
     def hidden(self, observations, actions):
         return self.fc2(torch.cat([torch.relu(self.fc1(observations)), actions], 1))
@@ -161,9 +159,8 @@ class ReplayBuffer:
     """The last `capacity` transitions, packed float32 rows (s, a~, r, s', terminated); a~ is kept as drawn, not clipped."""
 
     def __init__(self, capacity, obs_dim, action_dim, rng, device="cpu"):
-        self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
+        self.widths, self.count, self.rng, self.device = (obs_dim, action_dim, 1, obs_dim, 1), 0, rng, device
         self.rows = np.zeros((capacity, sum(self.widths)), dtype=np.float32)
-        self.count, self.rng, self.device = 0, rng, device
 
     def add(self, obs, action, reward, next_obs, terminated):
         self.rows[self.count % len(self.rows)] = np.concatenate([obs, action, [reward], next_obs, [terminated]])
@@ -189,12 +186,11 @@ class Adam(nn.Module):
         super().__init__()
         self.params, self.lr = params, lr
         self.m, self.v = (nn.ParameterList(map(torch.zeros_like, params)).requires_grad_(False) for _ in range(2))
-        self.register_buffer("beta1_power", torch.ones(()))
-        self.register_buffer("beta2_power", torch.ones(()))
+        self.register_buffer("steps", torch.zeros(()))
 
     @torch.no_grad()
     def step(self, grads, beta1=0.9, beta2=0.999, eps=1e-8):
-        bias1, bias2 = 1 - self.beta1_power.mul_(beta1), (1 - self.beta2_power.mul_(beta2)).sqrt()
+        bias1, bias2 = 1 - beta1 ** self.steps.add_(1), (1 - beta2**self.steps).sqrt()
         for p, grad, m, v in zip(self.params, grads, self.m, self.v, strict=True):
             m.lerp_(grad, 1 - beta1)
             v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -214,8 +210,7 @@ class Smoothie(nn.Module):
         self.args = args
         self.actor, self.qf = Actor(obs_dim, action_dim, args.log_var_init), QNetwork(obs_dim, action_dim)
         self.target_actor, self.target_qf = (copy.deepcopy(net).requires_grad_(False) for net in (self.actor, self.qf))
-        self.theta = [p for name, p in self.actor.named_parameters() if name != "log_var"]
-        self.w = list(self.qf.parameters())
+        self.theta, self.w = [p for p in self.actor.parameters() if p is not self.actor.log_var], list(self.qf.parameters())
         self.actor_optimizer, self.q_optimizer = Adam(self.theta, args.policy_lr), Adam(self.w, args.q_lr)
         self.register_buffer("value_scale", torch.ones(()))  # running mean of |target|
 
@@ -314,7 +309,10 @@ def main(args):
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     agent = Smoothie(obs_dim, action_dim, args).to(device)
     if args.evaluate is not None:
-        agent.actor.load_state_dict(torch.load(Path(args.evaluate, "policy.pt"), device, weights_only=True))
+        try:
+            agent.actor.load_state_dict(torch.load(Path(args.evaluate, "policy.pt"), device, weights_only=True))
+        except Exception as error:  # a damaged or hostile file can raise anything
+            sys.exit(f"{args.evaluate}: policy.pt is missing, damaged or of another network ({type(error).__name__})")
         results = evaluate(agent.actor, eval_env, args, Path(args.evaluate, "evaluate.mp4")) or sys.exit(128 + signals[0])
         return print(f"mean return {np.mean(results, 0)[0]:.2f}; return and length of each episode: {results}")
     qf, s, a = copy.deepcopy(agent.qf).cpu().double(), torch.randn(1, obs_dim).double(), torch.randn(1, action_dim).double()
@@ -340,7 +338,7 @@ def main(args):
             saved = buffer.count = state["count"]
             if any(transitions.readinto(v) < v.nbytes for v in buffer.last(min(saved, len(buffer.rows)), transitions)):
                 raise ValueError("transitions are missing")
-        except Exception as error:  # a damaged or hostile file can raise anything
+        except Exception as error:
             sys.exit(f"{run_dir}: the checkpoint is missing, damaged or of another network ({type(error).__name__})")
         if start > args.total_timesteps:
             sys.exit(f"--total-timesteps {args.total_timesteps}: this run has taken {start} steps already")
@@ -382,7 +380,9 @@ def main(args):
                 episode_seed = int(rng.integers(2**31))
                 obs, _ = env.reset(seed=episode_seed)
             if step > args.learning_starts:
+                signal.pthread_sigmask(signal.SIG_BLOCK, STOP)  # Ctrl-C would reach the compiler of the first update, too
                 losses = update(buffer.sample(args.batch_size)[0], buffer.sample(args.batch_size))
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
             if step % LOG_FREQUENCY == 0:
                 check_finite(losses, agent, step)
                 sps, clock = LOG_FREQUENCY / (time.time() - clock), time.time()
@@ -408,8 +408,7 @@ def main(args):
             saved = buffer.count
             state = {"step": step, "evaluations": evaluations, "episode": [episode_seed, env.episode_lengths], "count": saved}
             state |= {"torch_rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
-            state |= {"agent": agent.state_dict(), "rng": json.dumps(rng.bit_generator.state)}
-            write(run_dir / "checkpoint.pt", state)
+            write(run_dir / "checkpoint.pt", state | {"agent": agent.state_dict(), "rng": json.dumps(rng.bit_generator.state)})
         if stop:
             tqdm.write(f"step {step}: {signal.Signals(stop[0]).name}; continue with --resume {run_dir}", file=sys.stderr)
             sys.exit(128 + stop[0])
@@ -420,7 +419,7 @@ def main(args):
 def parse_args():
     """Return the flags. With --resume and --evaluate, those that are not given are the flags of that run."""
     args = tyro.cli(Args, description=__doc__.splitlines()[0])
-    folder = args.resume if args.resume is not None else args.evaluate
+    folder = args.evaluate if args.evaluate is not None else args.resume
     if folder is not None:
         try:
             config = json.loads(Path(folder, "config.json").read_text())
@@ -442,7 +441,7 @@ if __name__ == "__main__":
         signals.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP:
         signal.signal(number, on_signal)
     try:
         main(parse_args())

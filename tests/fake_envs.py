@@ -96,6 +96,10 @@ class FixedAction(Recorder):
     action_space = gym.spaces.Box(np.float32([-1.0, 0.5]), np.float32([1.0, 0.5]))
 
 
+class Sequence(Recorder):
+    observation_space = gym.spaces.Sequence(gym.spaces.Box(-9.0, 9.0, (3,)))
+
+
 class Dict(Recorder):
     """Shows the recorder's observation in two parts."""
 
@@ -190,7 +194,7 @@ gym.register("Stuck-v0", entry_point=Stuck)
 gym.register("Recorder-v0", entry_point=Recorder, max_episode_steps=7)
 for kind in (InPlace, Strict, StrictDouble, Dict, RandomState):
     gym.register(f"{kind.__name__}-v0", entry_point=kind, max_episode_steps=7)
-for kind in (Discrete, Unbounded, Square, Scalar, IntegerActions, FixedAction):  # which the scripts refuse
+for kind in (Sequence, Discrete, Unbounded, Square, Scalar, IntegerActions, FixedAction):  # which the scripts refuse
     gym.register(f"{kind.__name__}-v0", entry_point=kind, max_episode_steps=7)
 gym.register("NaNReward-v0", entry_point=Recorder, max_episode_steps=7, kwargs={"nan_after": 250})
 gym.register("NaNObservation-v0", entry_point=Recorder, max_episode_steps=7, kwargs={"nan_after": 250, "nan_in": "observation"})

@@ -105,6 +105,7 @@ ENVS = "tests.fake_envs"
         ({"env_id": "a:b:c"}, "env-id a:b:c"),
         ({"env_id": "Hopper-v3"}, "gymnasium-robotics"),
         ({"env_id": f"{ENVS}:Discrete-v0"}, "Discrete-v0: .*Box"),
+        ({"env_id": f"{ENVS}:Sequence-v0"}, "Sequence-v0: needs .* observations of a fixed size"),
         ({"env_id": f"{ENVS}:Unbounded-v0"}, "Unbounded-v0: .*bound"),
         ({"env_id": f"{ENVS}:Square-v0"}, "Square-v0: "),
         ({"env_id": f"{ENVS}:Scalar-v0"}, "Scalar-v0: "),
