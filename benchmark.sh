@@ -9,10 +9,11 @@
 #   ./benchmark.sh --slurm --partition=cpu --time=24:00:00
 #                                       submit the cells as a Slurm job array; flags after --slurm go to sbatch
 #   ./benchmark.sh --dry-run            print the commands; before --slurm, print the sbatch command
-#   ./benchmark.sh --status             show finished, running, failed and waiting cells, last returns and time left
-#   ./benchmark.sh --figures            draw the figures and write the table from the data so far
+#   ./benchmark.sh --status             show finished, running, failed and waiting cells, last returns and time left, evaluations
+#                                       not counted
+#   ./benchmark.sh --figures            draw the figures and write the table from all data so far
 #
-# The variables also select the cells for --status and --figures. RUNS is the folder for the runs (default: benchmark_runs) and
+# The variables also select the cells for --status. RUNS is the folder for the runs (default: benchmark_runs) and
 # PYTHON the interpreter. benchmark_settings.txt holds flags for single tasks and scripts.
 set -euo pipefail
 root=$(realpath "$(dirname "$0")")

@@ -228,17 +228,17 @@ class DDPG(nn.Module):
         return {"losses/qf1_loss": loss.detach(), "losses/qf1_values": values.detach().mean()}
 
 
-def compile_update(update):
+def compile_update(update, device):
     """Return update() as one graph, on a GPU a CUDA graph, or as it is where nothing can be compiled."""
     try:
-        torch.compile(torch.sin)(torch.zeros(8))
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
     except Exception as error:  # no C++ compiler or no headers, say
         print(f"cannot compile, so updates will be slower ({type(error).__name__})", file=sys.stderr)
         return update
     print("the first update compiles, which takes up to a minute")
     torch._dynamo.config.trace_autograd_ops = True  # the gradients belong to the graph
     options = {"fallback_random": True, "cpp.use_decompose_tanh": True}  # same random numbers as without; a faster tanh
-    options |= {"triton.cudagraphs": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}  # all shapes stay
+    options |= {"triton.cudagraphs": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}  # shapes never change
     return torch.compile(update, fullgraph=True, isolate_recompiles=True, options=options)
 
 
@@ -293,7 +293,7 @@ def main(args):
     exact = torch.func.jacrev(qf, 1)(s, a)[0]
     if (qf.action_gradient(s, a) - exact).norm() > 1e-6 * exact.norm():
         sys.exit("QNetwork: action_gradient is not the gradient of forward; change both together")
-    update = compile_update(agent.update) if args.compile else agent.update
+    update = compile_update(agent.update, device) if args.compile else agent.update
     buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), obs_dim, action_dim, rng, device)
     start, saved, episode_seed, episode_length, evaluations, history, losses = 0, 0, int(rng.integers(2**31)), 0, [], [], {}
     noise = np.zeros(action_dim, np.float32)
@@ -309,7 +309,8 @@ def main(args):
             history = json.loads((run_dir / "config.json").read_text())["provenance"]
             rng.bit_generator.state, noise = json.loads(state["rng"]), np.float32(state["noise"])
             torch.set_rng_state(state["torch_rng"][0])
-            torch.cuda.set_rng_state_all(state["torch_rng"][1:])
+            if device.type == "cuda":
+                torch.cuda.set_rng_state(state["torch_rng"][1])
             saved = buffer.count = state["count"]
             if any(transitions.readinto(v) < v.nbytes for v in buffer.last(min(saved, len(buffer.rows)), transitions)):
                 raise ValueError("transitions are missing")
@@ -361,7 +362,7 @@ def main(args):
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
             if step % LOG_FREQUENCY == 0:
                 check_finite(losses, agent, step)
-                sps, clock = LOG_FREQUENCY / (time.time() - clock), time.time()
+                sps, clock = min(LOG_FREQUENCY, step - start) / (time.time() - clock), time.time()
                 speed = f", {sps:.0f} steps/s"
                 logs |= losses | {"charts/SPS": sps}
         if (step % args.eval_frequency == 0 or last) and not (evaluations and evaluations[-1][0] == step):
@@ -383,7 +384,8 @@ def main(args):
             transitions.flush()
             saved = buffer.count
             state = {"step": step, "evaluations": evaluations, "episode": [episode_seed, env.episode_lengths], "count": saved}
-            state |= {"torch_rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()], "noise": noise.tolist()}
+            state |= {"torch_rng": [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if device.type == "cuda" else [])]}
+            state |= {"noise": noise.tolist()}
             write(run_dir / "checkpoint.pt", state | {"agent": agent.state_dict(), "rng": json.dumps(rng.bit_generator.state)})
         if stop:
             tqdm.write(f"step {step}: {signal.Signals(stop[0]).name}; continue with --resume {run_dir}", file=sys.stderr)

@@ -17,7 +17,7 @@ expectation, no phantom actions and no assumption about the buffer. max O_TR = O
     theta        actor.parameters()     theta', phi', w'   target_actor, target_qf (Polyak averages at rate tau)
     phi          actor.log_var          mu_theta(s)        actor(observations)
     Sigma_phi    exp(actor.log_var)     dQ~/da, d2Q~/da2   qf.smoothed(observations, actions, log_var)
-    w            qf.parameters()        lambda             args.kl_coef
+    w            qf.parameters()        lambda             args.kl_coef * value_scale
 Actions are in normalised units everywhere but inside the environment: 1 is half the range of that dimension.
 """
 # /// script
@@ -233,7 +233,7 @@ class Smoothie(nn.Module):
         self.actor_optimizer.step(theta_grads)
         with torch.no_grad():
             log_var -= self.args.log_var_lr / self.value_scale * phi_grad
-            log_var.clamp_(max=0.0)  # sigma <= half the range: a wider policy acts at the bounds, and nothing narrows it
+            log_var.clamp_(max=0.0)  # sigma <= half the range: a wider policy acts at the bounds and gets no signal to narrow
         return {"losses/actor_loss": loss.detach(), "losses/kl": kl.detach(), "losses/hessian": hessian.mean()}
 
     def update_critic(self, observations, actions, rewards, next_observations, terminated):
@@ -252,17 +252,17 @@ class Smoothie(nn.Module):
         return metrics | {"losses/value_scale": self.value_scale}
 
 
-def compile_update(update):
+def compile_update(update, device):
     """Return update() as one graph, on a GPU a CUDA graph, or as it is where nothing can be compiled."""
     try:
-        torch.compile(torch.sin)(torch.zeros(8))
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
     except Exception as error:  # no C++ compiler or no headers, say
         print(f"cannot compile, so updates will be slower ({type(error).__name__})", file=sys.stderr)
         return update
     print("the first update compiles, which takes up to a minute")
     torch._dynamo.config.trace_autograd_ops = True  # the gradients belong to the graph
     options = {"fallback_random": True, "cpp.use_decompose_tanh": True}  # same random numbers as without; a faster tanh
-    options |= {"triton.cudagraphs": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}  # all shapes stay
+    options |= {"triton.cudagraphs": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}  # shapes never change
     return torch.compile(update, fullgraph=True, isolate_recompiles=True, options=options)
 
 
@@ -319,7 +319,7 @@ def main(args):
     found = qf.smoothed(s, a, phi - 40)[0], *qf.smoothed(s, a, phi)[1:]  # without covariance the smoothed value is the value
     if any((x - y).norm() > 1e-6 * y.norm() for x, y in zip(found, exact, strict=True)):
         sys.exit("QNetwork: smoothed is not the average of forward, or its derivatives are not its own; change them together")
-    update = compile_update(agent.update) if args.compile else agent.update
+    update = compile_update(agent.update, device) if args.compile else agent.update
     buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), obs_dim, action_dim, rng, device)
     start, saved, episode_seed, episode_length, evaluations, history, losses = 0, 0, int(rng.integers(2**31)), 0, [], [], {}
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
@@ -334,7 +334,8 @@ def main(args):
             history = json.loads((run_dir / "config.json").read_text())["provenance"]
             rng.bit_generator.state = json.loads(state["rng"])
             torch.set_rng_state(state["torch_rng"][0])
-            torch.cuda.set_rng_state_all(state["torch_rng"][1:])
+            if device.type == "cuda":
+                torch.cuda.set_rng_state(state["torch_rng"][1])
             saved = buffer.count = state["count"]
             if any(transitions.readinto(v) < v.nbytes for v in buffer.last(min(saved, len(buffer.rows)), transitions)):
                 raise ValueError("transitions are missing")
@@ -385,7 +386,7 @@ def main(args):
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
             if step % LOG_FREQUENCY == 0:
                 check_finite(losses, agent, step)
-                sps, clock = LOG_FREQUENCY / (time.time() - clock), time.time()
+                sps, clock = min(LOG_FREQUENCY, step - start) / (time.time() - clock), time.time()
                 speed = f", {sps:.0f} steps/s"
                 logs |= losses | {"charts/SPS": sps} | {f"policy/std_{i}": std_i for i, std_i in enumerate(std)}
         if (step % args.eval_frequency == 0 or last) and not (evaluations and evaluations[-1][0] == step):
@@ -407,7 +408,7 @@ def main(args):
             transitions.flush()
             saved = buffer.count
             state = {"step": step, "evaluations": evaluations, "episode": [episode_seed, env.episode_lengths], "count": saved}
-            state |= {"torch_rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
+            state |= {"torch_rng": [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if device.type == "cuda" else [])]}
             write(run_dir / "checkpoint.pt", state | {"agent": agent.state_dict(), "rng": json.dumps(rng.bit_generator.state)})
         if stop:
             tqdm.write(f"step {step}: {signal.Signals(stop[0]).name}; continue with --resume {run_dir}", file=sys.stderr)

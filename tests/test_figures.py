@@ -138,7 +138,7 @@ def test_no_collected_data_is_lost():
 
 def test_seeds_with_different_settings_are_not_averaged():
     run_folder("runs/1", seed=1, tau=0.1, compile=True, threads=1)
-    run_folder("runs/2", seed=2, tau=0.2, compile=False, save_model=True)
+    run_folder("runs/2", seed=2, tau=0.2, compile=False, capture_video=True)
     collect_runs("runs/1", "runs/2")
     with pytest.raises(SystemExit, match=r"the seeds of ddpg_continuous on Hopper-v4 differ in tau \(0.1, 0.2\)"):
         read_data("data")

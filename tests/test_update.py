@@ -146,7 +146,7 @@ def test_float32_update_stays_close_to_the_plain_mathematics(module):
 def test_compiled_update_is_the_update(script):
     """With the same random numbers, too."""
     agent, compiled = new_agent(script), new_agent(script)
-    update, start = script.compile_update(compiled.update), weights_of(agent)
+    update, start = script.compile_update(compiled.update, "cpu"), weights_of(agent)
     assert update != compiled.update, "it can be compiled here"
     for step, (observations, batch) in enumerate(itertools.islice(draws(torch.float32), 100)):
         torch.manual_seed(step)

@@ -3,7 +3,7 @@
     python utils/collect.py benchmark_runs/runs/* --output results/data
 
 Each run becomes two files: `{task}__{script}__{seed}.csv` has a row for every evaluation episode; the `.json` has the flags,
-versions and commits. A run that has continued since it was collected replaces its files. Another run never does.
+versions and commits. A longer version of the same run replaces its files; any other run is refused.
 """
 
 import os

@@ -18,9 +18,9 @@ LABELS = {
     "ddpg_continuous": "DDPG",
 }
 TASKS = ["Swimmer-v4", "HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4"]
-# Flags that may differ between the seeds of an experiment, those of older versions included.
+# Flags that may differ between the seeds of an experiment.
 MAY_DIFFER = {"seed", "total_timesteps", "script", "provenance", "cuda", "compile", "threads", "track", "wandb_project_name"}
-MAY_DIFFER |= {"wandb_entity", "checkpoint_frequency", "save_model", "capture_video", "resume", "evaluate", "render"}
+MAY_DIFFER |= {"checkpoint_frequency", "capture_video", "resume", "evaluate"}
 
 
 @dataclass
