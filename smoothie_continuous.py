@@ -261,7 +261,7 @@ def compile_update(update, device):
     except Exception as error:  # no C++ compiler or no headers, say
         print(f"cannot compile, so updates will be slower ({type(error).__name__})", file=sys.stderr)
         return update
-    print("the first update compiles, which takes up to a minute")
+    tqdm.write("the first update compiles, which takes up to a minute")
     torch._dynamo.config.trace_autograd_ops = True  # the gradients belong to the graph
     options = {"fallback_random": True, "cpp.use_decompose_tanh": True}  # same random numbers as without; a faster tanh
     options |= {"triton.cudagraphs": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}  # shapes never change
@@ -319,7 +319,6 @@ def main(args):
     exact = torch.func.jacrev(qf, 1)(s, a)[0], torch.func.hessian(qf, 1)(s, a)[0, 0, :, 0].diagonal()
     if any((x - y).norm() > 1e-6 * y.norm() for x, y in zip(qf.action_derivatives(s, a), exact, strict=True)):
         sys.exit("QNetwork: action_derivatives is not the derivative of forward; change both together")
-    update = compile_update(agent.update, device) if args.compile else agent.update
     buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), obs_dim, action_dim, rng, device)
     start, saved, episode_seed, episode_length, evaluations, history, losses = 0, 0, int(rng.integers(2**31)), 0, [], [], {}
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
@@ -362,7 +361,7 @@ def main(args):
         wandb.init(project=args.wandb_project_name, name=name, id=name, resume="allow", config=config, sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=start + 1 if start else None)
     print(f"run folder: {run_dir}, replay buffer: up to {buffer.rows.nbytes / 1e6:,.1f} MB")
-    clock, speed = time.time(), ""
+    clock, speed, update = time.time(), "", None
     for step in tqdm(range(start, args.total_timesteps + 1), initial=start, total=args.total_timesteps + 1, disable=None):
         std, last, logs = (0.5 * agent.actor.log_var.detach()).exp(), step == args.total_timesteps, {}
         if step > start:  # the first pass only evaluates
@@ -381,7 +380,8 @@ def main(args):
                 episode_seed = int(rng.integers(2**31))
                 obs, _ = env.reset(seed=episode_seed)
             if step > args.learning_starts:
-                signal.pthread_sigmask(signal.SIG_BLOCK, STOP)  # Ctrl-C would reach the compiler of the first update, too
+                signal.pthread_sigmask(signal.SIG_BLOCK, STOP)  # Ctrl-C at a terminal would reach the compiler, too
+                update = update or (compile_update(agent.update, device) if args.compile else agent.update)
                 losses = update(buffer.sample(args.batch_size)[0], buffer.sample(args.batch_size))
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
             if step % LOG_FREQUENCY == 0:
