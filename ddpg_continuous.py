@@ -56,7 +56,7 @@ class Args:
     wandb_project_name: str = "smoothie"  # the Weights & Biases project
     env_id: str = "Hopper-v4"  # gymnasium task with bounded Box actions (Section 6.2)
     total_timesteps: int = 1_000_000  # environment steps
-    learning_starts: int = 1_000  # first steps, uniformly random and without updates
+    learning_starts: int = 1_000  # first steps, random and without updates; 10_000 is better on HalfCheetah
     buffer_size: int = 1_000_000  # transitions that the replay buffer keeps
     batch_size: int = 64  # transitions in each of the two batches of an update
     gamma: float = 0.99  # discount factor (Section 2.1)
