@@ -1,4 +1,4 @@
-"""Checkpoints: a run that was stopped, however, and resumed is the run that was not; what does not fit is refused."""
+"""Checkpoints: a resumed run matches an uninterrupted one, however it was stopped; what does not fit is refused."""
 
 import contextlib
 import csv
