@@ -42,7 +42,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 LOG_FREQUENCY = 100  # environment steps between two records of the losses
-STOP, signals = {signal.SIGINT, signal.SIGTERM}, []  # what stops a run, and what has come until the training loop looks
+STOP, signals = {signal.SIGINT, signal.SIGTERM}, []  # what stops a run; those received and not yet handled
 
 
 @dataclass
@@ -163,7 +163,7 @@ class ReplayBuffer:
         return obs, actions, rewards.squeeze(1), next_obs, terminated.squeeze(1)
 
     def last(self, n, file):
-        """Return views of the last n rows and move the file to their place; the i-th row ever added has byte i * row size."""
+        """Return views of the last n rows and seek the file to where they belong: the i-th row ever is at byte i * row size."""
         file.seek((self.count - n) * self.rows[0].nbytes)
         i, j = (self.count - n) % len(self.rows), self.count % len(self.rows)
         return [self.rows[i:j]] if i < j or n == 0 else [self.rows[i:], self.rows[:j]]
@@ -229,7 +229,7 @@ class DDPG(nn.Module):
 
 
 def compile_update(update, device):
-    """Return update() as one graph, on a GPU a CUDA graph, or as it is where nothing can be compiled."""
+    """Return update() compiled into one graph, on a GPU a CUDA graph, or unchanged where nothing can be compiled."""
     try:
         torch.compile(torch.sin)(torch.zeros(8, device=device))
     except Exception as error:  # no C++ compiler or no headers, say
@@ -334,7 +334,7 @@ def main(args):
 
         name = run_dir.resolve().name  # also the id, so that a resumed run continues there
         wandb.init(project=args.wandb_project_name, name=name, id=name, resume="allow", config=config, sync_tensorboard=True)
-    writer = SummaryWriter(run_dir, purge_step=start + 1 if start else None)
+    writer = SummaryWriter(run_dir, purge_step=start + 1 if args.resume is not None else None)
     print(f"run folder: {run_dir}, replay buffer: up to {buffer.rows.nbytes / 1e6:,.1f} MB")
     clock, speed, update = time.time(), "", None
     for step in tqdm(range(start, args.total_timesteps + 1), initial=start, total=args.total_timesteps + 1, disable=None):
@@ -347,7 +347,7 @@ def main(args):
                 action = agent.actor.mean_action(obs) + noise
             next_obs, reward, terminated, truncated, info = env.step(action)
             if not (math.isfinite(reward) and np.isfinite(next_obs).all()):
-                check_finite(losses, agent, step)  # or is the action not finite?
+                check_finite(losses, agent, step)  # a diverged policy, which acts with NaN, is reported first
                 sys.exit(f"step {step}: the environment returned a reward or an observation that is not finite")
             buffer.add(obs, action, reward, next_obs, terminated)
             obs = next_obs

@@ -50,7 +50,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 LOG_FREQUENCY = 100  # environment steps between two records of the losses
-STOP, signals = {signal.SIGINT, signal.SIGTERM}, []  # what stops a run, and what has come until the training loop looks
+STOP, signals = {signal.SIGINT, signal.SIGTERM}, []  # what stops a run; those received and not yet handled
 
 
 @dataclass
@@ -74,8 +74,8 @@ class Args:
     q_lr: float = 1e-3  # learning rate of w, by Adam: eta_Q of Algorithm 1
     max_grad_norm: float = 4.0  # bound on the norm of the critic's gradient; inf turns clipping off
     log_var_init: float = -2.0  # phi_0, the initial log-variance of each action dimension, in normalised units (Section 6.2)
-    log_var_lr: float = 0.3  # learning rate of phi, by gradient ascent, divided by the running size of the values: eta_pi
-    kl_coef: float = 2e-5  # weight of the KL penalty, multiplied by the running size of the values: lambda of (20)
+    log_var_lr: float = 0.3  # learning rate of phi, by gradient ascent, divided by value_scale: eta_pi
+    kl_coef: float = 2e-5  # weight of the KL penalty; times value_scale it is lambda of (20)
     eval_frequency: int = 5_000  # environment steps between two evaluations of the mean action
     eval_episodes: int = 10  # episodes of each evaluation
     checkpoint_frequency: int = 0  # environment steps between two checkpoints; with 0, only Ctrl-C and SIGTERM write one
@@ -171,7 +171,7 @@ class ReplayBuffer:
         return obs, actions, rewards.squeeze(1), next_obs, terminated.squeeze(1)
 
     def last(self, n, file):
-        """Return views of the last n rows and move the file to their place; the i-th row ever added has byte i * row size."""
+        """Return views of the last n rows and seek the file to where they belong: the i-th row ever is at byte i * row size."""
         file.seek((self.count - n) * self.rows[0].nbytes)
         i, j = (self.count - n) % len(self.rows), self.count % len(self.rows)
         return [self.rows[i:j]] if i < j or n == 0 else [self.rows[i:], self.rows[:j]]
@@ -201,7 +201,7 @@ def kl_divergence(mean, log_var, old_mean, old_log_var):
 
 
 class Smoothie(nn.Module):
-    """Algorithm 1: the networks, their optimisers and the update. state_dict() holds all of its state."""
+    """The networks, their optimisers and the update. state_dict() holds all of its state."""
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
@@ -213,7 +213,7 @@ class Smoothie(nn.Module):
         self.register_buffer("value_scale", torch.ones(()))  # running mean of |target|
 
     def update(self, observations, batch):
-        """One update of Algorithm 1: the policy on one batch, the critic on another, the targets. Return what to log."""
+        """One update: the policy on one batch, the critic on another, the targets. Return what to log."""
         metrics = self.update_policy(observations) | self.update_critic(*batch)
         with torch.no_grad():
             for net, target in [(self.actor, self.target_actor), (self.qf, self.target_qf)]:
@@ -253,7 +253,7 @@ class Smoothie(nn.Module):
 
 
 def compile_update(update, device):
-    """Return update() as one graph, on a GPU a CUDA graph, or as it is where nothing can be compiled."""
+    """Return update() compiled into one graph, on a GPU a CUDA graph, or unchanged where nothing can be compiled."""
     try:
         torch.compile(torch.sin)(torch.zeros(8, device=device))
     except Exception as error:  # no C++ compiler or no headers, say
@@ -359,7 +359,7 @@ def main(args):
 
         name = run_dir.resolve().name  # also the id, so that a resumed run continues there
         wandb.init(project=args.wandb_project_name, name=name, id=name, resume="allow", config=config, sync_tensorboard=True)
-    writer = SummaryWriter(run_dir, purge_step=start + 1 if start else None)
+    writer = SummaryWriter(run_dir, purge_step=start + 1 if args.resume is not None else None)
     print(f"run folder: {run_dir}, replay buffer: up to {buffer.rows.nbytes / 1e6:,.1f} MB")
     clock, speed, update = time.time(), "", None
     for step in tqdm(range(start, args.total_timesteps + 1), initial=start, total=args.total_timesteps + 1, disable=None):
@@ -371,7 +371,7 @@ def main(args):
                 action = agent.actor.mean_action(obs) + std.cpu().numpy() * rng.standard_normal(action_dim, np.float32)
             next_obs, reward, terminated, truncated, info = env.step(action)
             if not (math.isfinite(reward) and np.isfinite(next_obs).all()):
-                check_finite(losses, agent, step)  # or is the action not finite?
+                check_finite(losses, agent, step)  # a diverged policy, which acts with NaN, is reported first
                 sys.exit(f"step {step}: the environment returned a reward or an observation that is not finite")
             buffer.add(obs, action, reward, next_obs, terminated)
             obs = next_obs

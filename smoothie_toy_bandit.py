@@ -1,22 +1,22 @@
 """Smoothie against DDPG on a one-step task with two modes (Nachum et al., ICML 2018, Sections 3 and 6.1, Figures 1 and 2).
 
-The reward is a mixture of two Gaussian bumps, and the policy N(mu, sigma^2) starts on the worse one. The reward slopes back to
-that bump; smoothed by the policy it slopes to the better one. For bumps the smoothed value (9) has a closed form, with
-v = width^2 + sigma^2:
+The reward is a mixture of two Gaussian bumps, and the policy N(mu, sigma^2) starts on the worse one. There the gradient of the
+reward points back to that bump; the gradient of the smoothed reward points to the better one. For bumps the smoothed value (9)
+has a closed form, with v = width^2 + sigma^2:
 
     Q~(a) = sum_k height_k * width / sqrt(v) * exp(-(a - mode_k)^2 / (2 v))
 
-so the gradient flow of (10) and Theorem 1 is known exactly. The figure draws it beside what is learned, by four methods:
+so the gradient flow of (10) and Theorem 1 is known exactly. Four methods are trained; the figure shows all but the second:
 
     smoothie                  phantom actions, each error weighted by 1 / q(a~) as in (18)
     smoothie without weights  the same with weights of 1
     closed form               a ReLU critic of the reward itself, smoothed exactly as in smoothie_closed_form.py
     ddpg                      a critic of the reward itself; sigma stays as it is
 
-The replay buffer is the trap. It holds the policy's own actions a~ ~ N(mu, Sigma), so a phantom action a ~ N(a~, Sigma) says
-that a~ is N((a + mu) / 2, Sigma / 2). That is a narrower smoothing than (9), and without weights Smoothie does not escape.
-With the weights it does. Here q is the average of all policies that filled the buffer, kept on a grid; the weights are capped,
-and divided by their sum in the batch. The closed form needs no weights, as it assumes nothing about the buffer.
+The replay buffer holds the policy's own actions a~ ~ N(mu, Sigma). Given a phantom action a ~ N(a~, Sigma), a~ is therefore
+distributed as N((a + mu) / 2, Sigma / 2), a narrower smoothing than (9), and without weights Smoothie does not escape. With
+them it does. Here q is the average of all policies that filled the buffer, kept on a grid; the weights are capped and divided
+by their sum in the batch. The closed form needs no weights, as it learns the reward at the actions taken.
 
 All seeds train side by side: the first dimension of every tensor below is the seed.
 """
@@ -49,7 +49,7 @@ class Args:
     total_timesteps: int = 4_500
     """actions taken, one update each"""
     learning_starts: int = 1_000
-    """first steps, in which the critic learns and the policy stands still"""
+    """first steps, in which the critic learns and the policy does not change"""
     prefill: int = 1_000
     """actions of the initial policy in the replay buffer before the first step"""
     batch_size: int = 256

@@ -13,7 +13,7 @@ import figures
 import numpy as np
 import pytest
 import table
-from evaluations import align, difference, interquartile_mean, interval, read_data
+from evaluations import align, bootstrap_interval, interquartile_mean, read_data, t_interval
 from scipy import stats
 
 from tests.conftest import ROOT
@@ -178,13 +178,23 @@ def test_statistics():
     assert interquartile_mean(values) == np.mean([3.0, 4.0, 5.0, 6.0])
     assert interquartile_mean(values[:3]) == 5.0
     rng = np.random.default_rng(0)
-    a, b = rng.normal(10.0, 2.0, (30, 600)), rng.normal(4.0, 1.0, (30, 600))  # 600 experiments with 30 seeds each
-    intervals = [interval(a, resamples=500), interval(a, b, statistic=difference, resamples=500)]
-    deviation = np.sqrt(1.195 / 30)  # of the interquartile mean of 30 values from N(0, 1)
-    for (low, high), truth, sigma in zip(intervals, (10.0, 6.0), (2.0, np.sqrt(5.0)), strict=True):
-        assert 0.92 < np.mean((low < truth) & (truth < high)) < 0.97
-        assert np.mean(high - low) == pytest.approx(2 * stats.norm.ppf(0.975) * sigma * deviation, rel=0.06)
-    assert np.isnan(interval(a[:1])).all()
+    values = rng.normal(10.0, 2.0, (30, 600))  # 600 experiments with 30 seeds each
+    low, high = bootstrap_interval(values, resamples=500)
+    deviation = 2.0 * np.sqrt(1.195 / 30)  # of the interquartile mean of 30 values from N(10, 2)
+    assert 0.92 < np.mean((low < 10.0) & (10.0 < high)) < 0.97
+    assert np.mean(high - low) == pytest.approx(2 * stats.norm.ppf(0.975) * deviation, rel=0.06)
+    assert np.isnan(bootstrap_interval(values[:4])).all()
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 6])
+def test_intervals_of_few_seeds_hold_the_truth(seeds):
+    """Student's interval is exact for normal values; Welch's holds the truth at least as often, to a percent or two."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(10.0, 2.0, (2000, seeds)), rng.normal(4.0, 1.0, (2000, seeds))
+    one, two = np.array([t_interval(x) for x in a]), np.array([t_interval(x, y) for x, y in zip(a, b, strict=True)])
+    assert 0.935 < np.mean((one[:, 0] < 10.0) & (10.0 < one[:, 1])) < 0.965
+    assert 0.93 < np.mean((two[:, 0] < 6.0) & (6.0 < two[:, 1])) < 0.99
+    assert np.isnan(t_interval(a[0, :1])).all() and np.isnan(t_interval(a[0], b[0, :1])).all()
 
 
 def test_the_deviation_is_clipped_to_the_seeds():

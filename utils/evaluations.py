@@ -81,17 +81,20 @@ def interquartile_mean(values, axis=0):
     return stats.trim_mean(values, 0.25, axis=axis)
 
 
-def interval(*samples, statistic=interquartile_mean, resamples=10_000):
-    """Return the ends of the 95% percentile bootstrap interval along axis 0, nan where a sample has a single value.
+def bootstrap_interval(values, resamples=2_000):
+    """Return the ends of the 95% percentile bootstrap interval of the interquartile mean along axis 0.
 
-    Several samples are resampled independently.
+    With fewer than five values it would hold the truth far less often than 95% of the time, so the ends are nan.
     """
-    if min(len(sample) for sample in samples) < 2:
-        return np.full(np.shape(samples[0])[1:], np.nan), np.full(np.shape(samples[0])[1:], np.nan)
+    if len(values) < 5:
+        return np.full(np.shape(values)[1:], np.nan), np.full(np.shape(values)[1:], np.nan)
     options = {"n_resamples": resamples, "batch": 500, "method": "percentile", "confidence_level": 0.95, "rng": 0}
-    return stats.bootstrap(samples, statistic, axis=0, **options).confidence_interval
+    return stats.bootstrap([values], interquartile_mean, axis=0, **options).confidence_interval
 
 
-def difference(a, b, axis=0):
-    """Interquartile mean of a minus that of b."""
-    return interquartile_mean(a, axis) - interquartile_mean(b, axis)
+def t_interval(a, b=None):
+    """Return the ends of the 95% t interval of mean(a), or by Welch of mean(a) - mean(b); nan where a sample has one value."""
+    if min(len(sample) for sample in (a, b) if sample is not None) < 2:
+        return np.nan, np.nan
+    test = stats.ttest_1samp(a, 0) if b is None else stats.ttest_ind(a, b, equal_var=False)
+    return test.confidence_interval(0.95)

@@ -3,8 +3,8 @@
     python utils/table.py results/data
 
 The return of a run is the mean of its last 10 evaluations, even if training diverged. IQM is the interquartile mean over seeds
-(with fewer than four seeds, the mean). Intervals are 95% percentile bootstrap intervals over seeds; with few seeds they are too
-narrow. Published returns are from utils/published.csv and after a million steps.
+(with fewer than four seeds, the mean). Intervals are 95% intervals of the mean over seeds by Student's t, of the difference by
+Welch's t. Published returns are from utils/published.csv and after a million steps.
 """
 
 import csv
@@ -14,12 +14,12 @@ from typing import Annotated
 
 import numpy as np
 import tyro
-from evaluations import LABELS, difference, interquartile_mean, interval, read_data
+from evaluations import LABELS, interquartile_mean, read_data, t_interval
 
 LAST = 10  # evaluations that the return of a run averages
 BASELINE = "ddpg_continuous"
 HEADER = (
-    f"| | seeds | steps | last {LAST} evaluations of each seed | mean | IQM (95% interval) | minus DDPG (95% interval) "
+    f"| | seeds | steps | last {LAST} evaluations of each seed | mean (95% interval) | IQM | minus DDPG (95% interval) "
     "| best evaluation |\n"
     "|---|---|---|---|---|---|---|---|"
 )
@@ -48,15 +48,15 @@ def measured_rows(scripts):
     for name, runs in scripts.items():
         minus = ""
         if name != BASELINE and BASELINE in scripts:
-            ends = interval(last[name], last[BASELINE], statistic=difference)
-            minus = with_interval(difference(last[name], last[BASELINE]), ends, sign="+")
+            difference = last[name].mean() - last[BASELINE].mean()
+            minus = with_interval(difference, t_interval(last[name], last[BASELINE]), sign="+")
         cells = [
             f"**{LABELS.get(name, name)}**",
             len(runs),
             thousands([run.steps[-1] for run in runs]),
             ", ".join(f"{value:,.0f}" for value in last[name]),
-            f"{last[name].mean():,.0f}",
-            with_interval(interquartile_mean(last[name]), interval(last[name])),
+            with_interval(last[name].mean(), t_interval(last[name])),
+            f"{interquartile_mean(last[name]):,.0f}",
             minus,
             f"{max(run.returns.max() for run in runs):,.0f}",
         ]
