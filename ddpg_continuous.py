@@ -334,7 +334,7 @@ def main(args):
 
         name = run_dir.resolve().name  # also the id, so that a resumed run continues there
         wandb.init(project=args.wandb_project_name, name=name, id=name, resume="allow", config=config, sync_tensorboard=True)
-    writer = SummaryWriter(run_dir, purge_step=start + 1 if args.resume is not None else None)
+    writer = SummaryWriter(run_dir, purge_step=start + bool(evaluations))
     print(f"run folder: {run_dir}, replay buffer: up to {buffer.rows.nbytes / 1e6:,.1f} MB")
     clock, speed, update = time.time(), "", None
     for step in tqdm(range(start, args.total_timesteps + 1), initial=start, total=args.total_timesteps + 1, disable=None):

@@ -108,6 +108,9 @@ def test_interrupted_again_and_again_and_resumed(script):
         assert result.returncode == 128 + numbers[0]
         assert result.stderr == f"step {step}: {numbers[0].name}; continue with --resume {run_dir}\n"
         assert load(run_dir)["step"] == step
+        if step == 0:  # a run that leaves the checkpoint as it is; what it logged must not show up twice
+            Alarm.alarm = None
+            assert command_line(script, **flags).returncode == 0 and load(run_dir)["step"] == 0
     Alarm.alarm = None
     result = command_line(script, resume=run_dir, checkpoint_frequency=250)
     assert result.returncode == 0, result.stderr
