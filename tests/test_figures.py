@@ -1,7 +1,9 @@
 """utils: from run folders to data, figures and tables, and the committed results."""
 
+import dataclasses
 import filecmp
 import glob
+import importlib
 import json
 import os
 import re
@@ -224,3 +226,19 @@ def test_committed_data_name_their_versions():
         for made_by in provenance:
             assert re.fullmatch("[0-9a-f]{40}", made_by["commit"]), path
             assert {"torch", "gymnasium", "mujoco", "numpy"} <= made_by.keys()
+
+
+@pytest.mark.parametrize("path", sorted(glob.glob(os.path.join(DATA, "*.json"))), ids=os.path.basename)
+def test_committed_data_have_the_flags_of_the_benchmark(path):
+    """The defaults of the scripts and benchmark_settings.txt, as they are now, repeat the committed runs."""
+    with open(path) as file:
+        config = json.load(file)
+    flags = dataclasses.asdict(importlib.import_module(config["exp_name"]).Args())
+    with open(os.path.join(ROOT, "benchmark_settings.txt")) as file:
+        settings = [line.partition("#")[0].split() for line in file]
+    for task, script, *given in filter(None, settings):
+        if task in ("*", config["env_id"]) and script in ("*", config["exp_name"]):
+            names = [flag.removeprefix("--").replace("-", "_") for flag in given[::2]]
+            flags |= dict(zip(names, map(float, given[1::2]), strict=True))
+    own = {"env_id", "seed", "total_timesteps", "threads", "script", "provenance"}
+    assert {k: v for k, v in config.items() if k not in own} == {k: v for k, v in flags.items() if k not in own}
