@@ -66,7 +66,7 @@ class Args:
     q_lr: float = 1e-3  # learning rate of w, by Adam
     max_grad_norm: float = 4.0  # bound on the norm of the critic's gradient; inf turns clipping off
     ou_theta: float = 0.15  # damping of the Ornstein-Uhlenbeck exploration (Section 6.2); 1 makes the noise independent
-    ou_sigma: float = 0.3  # scale of the Ornstein-Uhlenbeck exploration, in normalised units per step (Section 6.2)
+    ou_sigma: float = 0.1  # scale of the Ornstein-Uhlenbeck exploration, in normalised units per step (Section 6.2)
     eval_frequency: int = 5_000  # environment steps between two evaluations of the mean action
     eval_episodes: int = 10  # episodes of each evaluation
     checkpoint_frequency: int = 0  # environment steps between two checkpoints; with 0, only Ctrl-C and SIGTERM write one
