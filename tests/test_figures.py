@@ -58,8 +58,8 @@ def test_from_run_folders_to_figures_and_table(capsys):
     names = [f"figure_{number}{version}.png" for number in (3, 4) for version in ("", "_iqm")]
     assert sorted(os.listdir("pictures")) == sorted(names)
     text = print_table(capsys)
-    # DDPG: (200 + 500) / 2 + offset; Smoothie's third run stopped after its first evaluation: 200 + 500 - 1000. With three seeds the
-    # intervals are 4.3027 standard errors wide on each side: 152.75 and 104.08.
+    # DDPG: (200 + 500) / 2 + offset; Smoothie's third run stopped after its first evaluation: 200 + 500 - 1000.
+    # With three seeds an interval extends 4.3027 standard errors to each side; they are 152.75 and 104.08.
     assert "| **DDPG** | 3 | 5k | 350, 450, 850 | 550 (-107 to 1,207) | 550 |  | 1,000 |" in text
     assert "| **Smoothie** | 3 | 0k to 5k | -650, -550, -300 | -500 (-948 to -52) | -500 | -1,050 (" in text
     assert "| **Smoothie without KL** | 1 | 5k | 350 | 350 | 350 | -200 | 500 |" in text
