@@ -12,7 +12,7 @@ j sees a Gaussian of mean z_j and variance s_j^2 = sum_i (W_a)_ji^2 Sigma_ii. Wi
     d2Q~/da_i^2 = (w * pdf(z/s) / s) (W_a^2)_i   grad_phi   O = E_s[ 1/2 d2Q~/da2 at a = mu(s), times grad_phi Sigma ] (15)
 
 Theorem 1 (14) holds by construction. Q is learned at the replayed actions on r + gamma Q~'(s', mu'(s')): (16) with an exact
-expectation, no phantom actions and no assumption about the buffer. max O_TR = O - lambda E_s[ KL(pi || pi_old) ]       (20)
+expectation, no phantom actions and no near-uniform buffer. max O_TR = O - lambda E_s[ KL(pi || pi_old) ]       (20)
 
     theta        actor.parameters()     theta', phi', w'   target_actor, target_qf (Polyak averages at rate tau)
     phi          actor.log_var          mu_theta(s)        actor(observations)
@@ -171,7 +171,7 @@ class ReplayBuffer:
         return obs, actions, rewards.squeeze(1), next_obs, terminated.squeeze(1)
 
     def last(self, n, file):
-        """Return views of the last n rows and seek the file to where they belong: the i-th row ever is at byte i * row size."""
+        """Return views of the last n rows and seek the file to their place: row i of the run starts at byte i * row size."""
         file.seek((self.count - n) * self.rows[0].nbytes)
         i, j = (self.count - n) % len(self.rows), self.count % len(self.rows)
         return [self.rows[i:j]] if i < j or n == 0 else [self.rows[i:], self.rows[:j]]

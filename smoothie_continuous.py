@@ -173,7 +173,7 @@ class ReplayBuffer:
         return obs, actions, rewards.squeeze(1), next_obs, terminated.squeeze(1)
 
     def last(self, n, file):
-        """Return views of the last n rows and seek the file to where they belong: the i-th row ever is at byte i * row size."""
+        """Return views of the last n rows and seek the file to their place: row i of the run starts at byte i * row size."""
         file.seek((self.count - n) * self.rows[0].nbytes)
         i, j = (self.count - n) % len(self.rows), self.count % len(self.rows)
         return [self.rows[i:j]] if i < j or n == 0 else [self.rows[i:], self.rows[:j]]
