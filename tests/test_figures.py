@@ -15,10 +15,13 @@ import figures
 import numpy as np
 import pytest
 import table
+import torch
+import value_estimates
 from evaluations import align, bootstrap_interval, interquartile_mean, read_data, t_interval
 from scipy import stats
 
-from tests.conftest import ROOT
+import smoothie_closed_form
+from tests.conftest import ROOT, run
 
 DATA = os.path.join(ROOT, "results", "data")
 
@@ -159,6 +162,7 @@ def test_seeds_with_different_settings_are_not_averaged():
         (collect, [()], "name at least one run folder"),
         (figures, ["nowhere"], "nowhere: no evaluations found"),
         (table, ["nowhere"], "nowhere: no evaluations found"),
+        (value_estimates, [("nowhere",)], "nowhere: cannot read its config.json or checkpoint.pt"),
     ],
 )
 def test_bad_input_gets_one_sentence(module, args, message):
@@ -167,7 +171,7 @@ def test_bad_input_gets_one_sentence(module, args, message):
         module.main(module.Args(*args))
 
 
-@pytest.mark.parametrize("name", ["collect", "figures", "table"])
+@pytest.mark.parametrize("name", ["collect", "figures", "table", "value_estimates"])
 def test_help(name, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [f"{name}.py", "--help"])
     with pytest.raises(SystemExit, match=r"^0$"):
@@ -198,6 +202,47 @@ def test_intervals_of_few_seeds_hold_the_truth(seeds):
     assert 0.935 < np.mean((one[:, 0] < 10.0) & (10.0 < one[:, 1])) < 0.965
     assert 0.93 < np.mean((two[:, 0] < 6.0) & (6.0 < two[:, 1])) < 0.99
     assert np.isnan(t_interval(a[0, :1])).all() and np.isnan(t_interval(a[0], b[0, :1])).all()
+
+
+def test_value_estimates(script, capsys):
+    """Each reward is 1, so the values are known; the episodes end in turn by a termination and by the time limit."""
+    run_dir = run(script, env_id="tests.fake_envs:Recorder-v0", total_timesteps=110, checkpoint_frequency=110)
+    args, env, agent, step = value_estimates.load(str(run_dir))
+    assert step == 110
+    limit = 1 / (1 - args.gamma)
+    with torch.no_grad():  # a critic that is right at the time limit, as the environment would go on
+        agent.qf.fc_q.weight.zero_()
+        agent.qf.fc_q.bias.fill_(args.reward_scale * limit)
+    returns, expected, actual = value_estimates.compare(args, env, agent, 2)
+    assert returns.tolist() == [5, 7]
+    assert np.allclose(expected, limit)
+    left = np.arange(5, 0, -1)
+    assert np.allclose(actual, [*(1 - args.gamma**left) * limit, *[limit] * 7])
+    value_estimates.main(value_estimates.Args((str(run_dir),)))
+    *_, row = capsys.readouterr().out.splitlines()
+    assert row.startswith(f"| {args.env_id} | {table.LABELS[script.__name__]} | 1 | 0k | 6 |")
+
+
+def test_value_estimates_are_of_the_exploring_policy(smoothie):
+    """The policy explores with its sigma, and the critic's values are smoothed with it."""
+    args = smoothie.Args(env_id="tests.fake_envs:Recorder-v0")
+    env, agent = smoothie.make_env(args.env_id), smoothie.Smoothie(3, 2, args)
+    agent.actor.log_var.data[:] = torch.tensor([-4.0, -6.0])
+    std = (0.5 * agent.actor.log_var.detach()).exp()
+    _, expected, _ = value_estimates.compare(args, env, agent, 20)
+    recorder = env.unwrapped
+    low, high = recorder.action_space.low, recorder.action_space.high
+    actions, s = (np.array(recorder.received) - low) / (high - low) * 2 - 1, torch.tensor(np.float32(recorder.seen))
+    with torch.no_grad():
+        mean = agent.actor(s)
+        values, error = agent.qf(s, mean), 1e-6
+        if smoothie is smoothie_closed_form:
+            noise = torch.randn(4_000, 1, 2, generator=torch.Generator().manual_seed(0))
+            samples = torch.stack([agent.qf(s, mean + std * n) for n in noise])
+            values, error, unsmoothed = samples.mean(0), 5 * samples.std(0) / len(noise) ** 0.5, values
+            assert ((values - unsmoothed).abs() > error).any()
+    assert np.allclose(np.std(actions - mean.numpy(), 0), std, rtol=0.2)
+    assert ((torch.tensor(expected) * args.reward_scale - values).abs() < error).all()
 
 
 def test_the_deviation_is_clipped_to_the_seeds():

@@ -1,0 +1,92 @@
+"""Compare what the critics of runs expect with what their policies get, as a Markdown table.
+
+    python utils/value_estimates.py benchmark_runs/runs/Hopper-v4__*
+
+A run needs a checkpoint (--checkpoint-frequency), as those of benchmark.sh have. The policy, with Smoothie's exploration, acts
+for ten episodes. `expected` is the value that the critic gives it, `actual` the discounted sum of the rewards that follow, in
+units of rewards; both are means over all states of the episodes. At a time limit, the critic's value stands for the rewards to
+come.
+"""
+
+import importlib
+import json
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from evaluations import LABELS
+
+EPISODES = 10
+HEADER = "| task | script | seed | steps | return | expected | actual | expected / actual |\n|---|---|---|---|---|---|---|---|"
+
+
+@dataclass
+class Args:
+    run_dirs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN_DIR ...")]
+    """run folders"""
+
+
+def load(run_dir):
+    """Return the flags of a run, its environment, its agent and the step of its checkpoint, or exit with a sentence."""
+    try:
+        with open(os.path.join(run_dir, "config.json")) as file:
+            config = json.load(file)
+        script, _ = importlib.import_module(config.pop("script").removesuffix(".py")), config.pop("provenance")
+        args, state = script.Args(**config), torch.load(os.path.join(run_dir, "checkpoint.pt"), "cpu", weights_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        sys.exit(f"{run_dir}: cannot read its config.json or checkpoint.pt, which --checkpoint-frequency writes ({error})")
+    warnings.filterwarnings("ignore", message=".*is out of date")  # gymnasium, imported just now, has set filters of its own
+    env = script.make_env(args.env_id)
+    agent_class = script.DDPG if hasattr(script, "DDPG") else script.Smoothie
+    agent = agent_class(env.observation_space.shape[0], env.action_space.shape[0], args)
+    agent.load_state_dict(state["agent"])
+    return args, env, agent, state["step"]
+
+
+@torch.no_grad()
+def compare(args, env, agent, episodes=EPISODES):
+    """Return the undiscounted return of each episode (episodes,), and the expected and actual value of each state (states,)."""
+    rng, returns, expected, actual = np.random.default_rng(args.seed), [], [], []
+    std = agent.actor.log_var.mul(0.5).exp().numpy() if hasattr(agent.actor, "log_var") else 0.0
+
+    def mean_and_value(obs):
+        s = torch.as_tensor(obs, dtype=torch.float32)[None]
+        mean = agent.actor(s)
+        smoothed = hasattr(agent.qf, "smoothed")  # the critic of the closed form is Q, the others' already the policy's value
+        value = agent.qf.smoothed(s, mean, agent.actor.log_var)[0] if smoothed else agent.qf(s, mean)
+        return mean[0].numpy(), value.item() / args.reward_scale
+
+    for episode in range(episodes):
+        (obs, _), rewards, info = env.reset(seed=10_000 + args.seed + episode), [], {}
+        while "episode" not in info:
+            mean, value = mean_and_value(obs)
+            obs, reward, terminated, _, info = env.step(mean + std * rng.standard_normal(len(mean), np.float32))
+            expected.append(value)
+            rewards.append(reward)
+        value, values = 0.0 if terminated else mean_and_value(obs)[1], []
+        for reward in reversed(rewards):
+            values.append(value := reward + args.gamma * value)
+        actual += reversed(values)
+        returns.append(info["episode"]["r"])
+    return np.array(returns), np.array(expected), np.array(actual)
+
+
+def main(args):
+    print(HEADER)
+    for run_dir in args.run_dirs:
+        run, env, agent, step = load(run_dir)
+        returns, expected, actual = (values.mean() for values in compare(run, env, agent))
+        cells = [run.env_id, LABELS.get(run.exp_name, run.exp_name), run.seed, f"{step // 1000}k"]
+        cells += [f"{returns:,.0f}", f"{expected:,.0f}", f"{actual:,.0f}", f"{expected / actual:.2f}"]
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), ""]  # the scripts, and your own tasks
+    torch.set_num_threads(1)
+    main(tyro.cli(Args, description=__doc__))
