@@ -208,6 +208,21 @@ def test_without_rewards_the_value_scale_stays_above_zero(smoothie):
     assert all(p.isfinite().all() for p in agent.parameters())
 
 
+def test_the_kl_penalty_hardly_pulls_on_phi(float64, monkeypatch):
+    """At most 0.2% of the pull of (15) where the curvature is steady, with the largest --kl-coef of benchmark_settings.txt."""
+    args = smoothie_continuous.Args(kl_coef=1e-4)
+    agent, hessian = smoothie_continuous.Smoothie(OBS_DIM, ACTION_DIM, args), torch.full((BATCH, ACTION_DIM), -0.1)
+    monkeypatch.setattr(agent.qf, "action_derivatives", lambda observations, actions: (torch.zeros_like(actions), hessian))
+    phi, old_phi, value_scale = agent.actor.log_var, agent.target_actor.log_var, agent.value_scale.fill_(30.0)
+    for _ in range(1_000):
+        agent.update_policy(torch.randn(BATCH, OBS_DIM))
+        with torch.no_grad():
+            old_phi.lerp_(phi, args.tau)
+    penalty = args.kl_coef * value_scale * 0.5 * (1 - (phi - old_phi).exp())
+    ratios = penalty / (0.5 * hessian[0] * phi.exp()).abs()
+    assert (0.001 < ratios).all() and (ratios < 0.002).all(), ratios
+
+
 def test_networks_are_what_they_say(float64, script):
     """Shapes, activations and initial values, written out."""
     agent = agent_class(script)(OBS_DIM, ACTION_DIM, script.Args())
