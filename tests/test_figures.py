@@ -20,6 +20,7 @@ import value_estimates
 from evaluations import align, bootstrap_interval, interquartile_mean, read_data, t_interval
 from scipy import stats
 
+import ddpg_continuous
 import smoothie_closed_form
 from tests.conftest import ROOT, run
 
@@ -162,7 +163,9 @@ def test_seeds_with_different_settings_are_not_averaged():
         (collect, [()], "name at least one run folder"),
         (figures, ["nowhere"], "nowhere: no evaluations found"),
         (table, ["nowhere"], "nowhere: no evaluations found"),
-        (value_estimates, [("nowhere",)], "nowhere: cannot read its config.json or checkpoint.pt"),
+        (value_estimates, [("nowhere",)], "nowhere: config.json or checkpoint.pt is missing"),
+        (value_estimates, [("begun",)], "begun: config.json or checkpoint.pt is missing"),
+        (value_estimates, [()], "name at least one run folder"),
     ],
 )
 def test_bad_input_gets_one_sentence(module, args, message):
@@ -205,44 +208,48 @@ def test_intervals_of_few_seeds_hold_the_truth(seeds):
 
 
 def test_value_estimates(script, capsys):
-    """Each reward is 1, so the values are known; the episodes end in turn by a termination and by the time limit."""
-    run_dir = run(script, env_id="tests.fake_envs:Recorder-v0", total_timesteps=110, checkpoint_frequency=110)
+    """Each reward is 1, and an episode ends by a termination, then one by the time limit. Smoothie explores, DDPG does not."""
+    flags = {} if script is ddpg_continuous else {"log_var_init": -5.0, "log_var_lr": 0.0}
+    flags |= {"env_id": "tests.fake_envs:Recorder-v0", "total_timesteps": 110, "checkpoint_frequency": 110}
+    run_dir = run(script, **flags)
+    checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    checkpoint["agent"]["qf.fc_q.weight"][:] = 0.1  # so that value and curvature depend on the state and the action
+    torch.save(checkpoint, run_dir / "checkpoint.pt")
     args, env, agent, step = value_estimates.load(str(run_dir))
     assert step == 110
-    limit = 1 / (1 - args.gamma)
-    with torch.no_grad():  # a critic that is right at the time limit, as the environment would go on
-        agent.qf.fc_q.weight.zero_()
-        agent.qf.fc_q.bias.fill_(args.reward_scale * limit)
-    returns, expected, actual = value_estimates.compare(args, env, agent, 2)
-    assert returns.tolist() == [5, 7]
-    assert np.allclose(expected, limit)
-    left = np.arange(5, 0, -1)
-    assert np.allclose(actual, [*(1 - args.gamma**left) * limit, *[limit] * 7])
-    value_estimates.main(value_estimates.Args((str(run_dir),)))
-    *_, row = capsys.readouterr().out.splitlines()
-    assert row.startswith(f"| {args.env_id} | {table.LABELS[script.__name__]} | 1 | 0k | 6 |")
+    returns, expected, actual = value_estimates.compare(args, env, agent, 20)
+    assert returns.tolist() == 10 * [5, 7]
 
-
-def test_value_estimates_are_of_the_exploring_policy(smoothie):
-    """The policy explores with its sigma, and the critic's values are smoothed with it."""
-    args = smoothie.Args(env_id="tests.fake_envs:Recorder-v0")
-    env, agent = smoothie.make_env(args.env_id), smoothie.Smoothie(3, 2, args)
-    agent.actor.log_var.data[:] = torch.tensor([-4.0, -6.0])
-    std = (0.5 * agent.actor.log_var.detach()).exp()
-    _, expected, _ = value_estimates.compare(args, env, agent, 20)
     recorder = env.unwrapped
     low, high = recorder.action_space.low, recorder.action_space.high
     actions, s = (np.array(recorder.received) - low) / (high - low) * 2 - 1, torch.tensor(np.float32(recorder.seen))
     with torch.no_grad():
-        mean = agent.actor(s)
-        values, error = agent.qf(s, mean), 1e-6
-        if smoothie is smoothie_closed_form:
-            noise = torch.randn(4_000, 1, 2, generator=torch.Generator().manual_seed(0))
-            samples = torch.stack([agent.qf(s, mean + std * n) for n in noise])
-            values, error, unsmoothed = samples.mean(0), 5 * samples.std(0) / len(noise) ** 0.5, values
+        mean, std = agent.actor(s), 0.0 if script is ddpg_continuous else np.exp(-2.5)
+        values, error = agent.qf(s, mean), 1e-4
+        if script is smoothie_closed_form:  # which smooths Q, so a mean over many actions gives the value
+            samples = torch.stack([agent.qf(s, mean + std * torch.randn(len(s), 2)) for _ in range(4_000)])
+            values, error, unsmoothed = samples.mean(0), 5 * samples.std(0) / len(samples) ** 0.5, values
             assert ((values - unsmoothed).abs() > error).any()
-    assert np.allclose(np.std(actions - mean.numpy(), 0), std, rtol=0.2)
+    assert np.allclose(np.std(actions - mean.numpy(), 0), std, rtol=0.2, atol=1e-6)
     assert ((torch.tensor(expected) * args.reward_scale - values).abs() < error).all()
+
+    left, last = np.arange(7, 0, -1), value_of_last_state(script, env, agent, args)
+    assert np.allclose(actual[:5], (1 - args.gamma ** left[2:]) / (1 - args.gamma))
+    assert np.allclose(actual[-7:], (1 - args.gamma**left) / (1 - args.gamma) + args.gamma**left * last)
+
+    value_estimates.main(value_estimates.Args((str(run_dir),)))
+    returns, expected, actual = value_estimates.compare(*value_estimates.load(str(run_dir))[:3], 10)
+    row = f"| {args.env_id} | {table.LABELS[script.__name__]} | 1 | 0k | 6 | {expected.mean():,.0f} | {actual.mean():,.0f} |"
+    assert capsys.readouterr().out.splitlines()[-1] == row and f"{expected.mean():,.0f}" != f"{actual.mean():,.0f}"
+
+
+def value_of_last_state(script, env, agent, args):
+    """Return the critic's value of the policy in the state that the environment is in, in units of rewards."""
+    s = torch.tensor(np.float32(env.unwrapped.obs))[None]
+    with torch.no_grad():
+        smoothed = script is smoothie_closed_form
+        value = agent.qf.smoothed(s, agent.actor(s), agent.actor.log_var)[0] if smoothed else agent.qf(s, agent.actor(s))
+    return value.item() / args.reward_scale
 
 
 def test_the_deviation_is_clipped_to_the_seeds():
