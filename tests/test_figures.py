@@ -207,7 +207,7 @@ def test_intervals_of_few_seeds_hold_the_truth(seeds):
     assert np.isnan(t_interval(a[0, :1])).all() and np.isnan(t_interval(a[0], b[0, :1])).all()
 
 
-def test_value_estimates(script, capsys):
+def test_value_estimates(script, capsys, monkeypatch):
     """Each reward is 1, and an episode ends by a termination, then one by the time limit. Smoothie explores, DDPG does not."""
     flags = {} if script is ddpg_continuous else {"log_var_init": -5.0, "log_var_lr": 0.0}
     flags |= {"env_id": "tests.fake_envs:Recorder-v0", "total_timesteps": 110, "checkpoint_frequency": 110}
@@ -217,7 +217,7 @@ def test_value_estimates(script, capsys):
     torch.save(checkpoint, run_dir / "checkpoint.pt")
     args, env, agent, step = value_estimates.load(str(run_dir))
     assert step == 110
-    returns, expected, actual = value_estimates.compare(args, env, agent, 20)
+    returns, expected, actual, _ = value_estimates.compare(args, env, agent, 20)
     assert returns.tolist() == 10 * [5, 7]
 
     recorder = env.unwrapped
@@ -237,9 +237,14 @@ def test_value_estimates(script, capsys):
     assert np.allclose(actual[:5], (1 - args.gamma ** left[2:]) / (1 - args.gamma))
     assert np.allclose(actual[-7:], (1 - args.gamma**left) / (1 - args.gamma) + args.gamma**left * last)
 
+    middle = 1.001 * mean.abs().median().item()  # nothing is beyond 0.97 here
+    monkeypatch.setattr(value_estimates, "SATURATED", middle)
+    saturated = value_estimates.compare(*value_estimates.load(str(run_dir))[:3], 20)[3]
+    assert np.allclose(saturated, (mean.abs() > middle).float().mean(1)) and 0.3 < saturated.mean() < 0.7
     value_estimates.main(value_estimates.Args((str(run_dir),)))
-    returns, expected, actual = value_estimates.compare(*value_estimates.load(str(run_dir))[:3], 10)
+    returns, expected, actual, saturated = value_estimates.compare(*value_estimates.load(str(run_dir))[:3], 10)
     row = f"| {args.env_id} | {table.LABELS[script.__name__]} | 1 | 0k | 6 | {expected.mean():,.0f} | {actual.mean():,.0f} |"
+    row += f" {saturated.mean():.0%} |"
     assert capsys.readouterr().out.splitlines()[-1] == row and f"{expected.mean():,.0f}" != f"{actual.mean():,.0f}"
 
 

@@ -1,11 +1,12 @@
-"""Compare what the critics of runs expect with what their policies get, as a Markdown table.
+"""Print a Markdown table of what the critics of runs expect, what their policies get, and how often the policies saturate.
 
     python utils/value_estimates.py benchmark_runs/runs/Hopper-v4__*
 
 A run needs a checkpoint (--checkpoint-frequency), as those of benchmark.sh have. Its policy acts for ten episodes from the
 starts of the run's evaluations: Smoothie with its noise, DDPG without, as that is what its critic is about. `expected` is the
 critic's value of the policy, `actual` the discounted sum of the rewards that follow, in units of rewards; both are means over
-all states. At a time limit the critic's own value stands for the rewards to come, which brings the two closer.
+all states. At a time limit the critic's own value stands for the rewards to come, which brings the two closer. `saturated` is
+the share of the mean's components beyond 0.97 in absolute value, where the slope of the tanh is below 0.06.
 """
 
 import importlib
@@ -22,7 +23,8 @@ import tyro
 from evaluations import LABELS
 
 EPISODES = 10
-HEADER = "| task | script | seed | steps | return | expected | actual |\n|---|---|---|---|---|---|---|"
+SATURATED = 0.97
+HEADER = "| task | script | seed | steps | return | expected | actual | saturated |\n|---|---|---|---|---|---|---|---|"
 
 
 @dataclass
@@ -51,8 +53,9 @@ def load(run_dir):
 
 @torch.no_grad()
 def compare(args, env, agent, episodes=EPISODES):
-    """Return the undiscounted return of each episode (episodes,), and the expected and actual value of each state (states,)."""
-    rng, returns, expected, actual = np.random.default_rng(args.seed), [], [], []
+    """Return the return of each episode (episodes,), and of each state (states,) its expected and actual value and the share of
+    the mean's components that are saturated."""
+    rng, returns, expected, actual, saturated = np.random.default_rng(args.seed), [], [], [], []
     std = agent.actor.log_var.mul(0.5).exp().numpy() if hasattr(agent.actor, "log_var") else 0.0
 
     def mean_and_value(obs):
@@ -68,13 +71,14 @@ def compare(args, env, agent, episodes=EPISODES):
             mean, value = mean_and_value(obs)
             obs, reward, terminated, _, info = env.step(mean + std * rng.standard_normal(len(mean), np.float32))
             expected.append(value)
+            saturated.append(np.mean(np.abs(mean) > SATURATED))
             rewards.append(reward)
         value, values = 0.0 if terminated else mean_and_value(obs)[1], []
         for reward in reversed(rewards):
             values.append(value := reward + args.gamma * value)
         actual += reversed(values)
         returns.append(info["episode"]["r"])
-    return np.array(returns), np.array(expected), np.array(actual)
+    return tuple(map(np.array, (returns, expected, actual, saturated)))
 
 
 def main(args):
@@ -83,9 +87,9 @@ def main(args):
     print(HEADER)
     for run_dir in args.run_dirs:
         run, env, agent, step = load(run_dir)
-        returns, expected, actual = (values.mean() for values in compare(run, env, agent))
+        returns, expected, actual, saturated = (values.mean() for values in compare(run, env, agent))
         cells = [run.env_id, LABELS.get(run.exp_name, run.exp_name), run.seed, f"{step // 1000}k"]
-        cells += [f"{returns:,.0f}", f"{expected:,.0f}", f"{actual:,.0f}"]
+        cells += [f"{returns:,.0f}", f"{expected:,.0f}", f"{actual:,.0f}", f"{saturated:.0%}"]
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
