@@ -53,8 +53,8 @@ def load(run_dir):
 
 @torch.no_grad()
 def compare(args, env, agent, episodes=EPISODES):
-    """Return the return of each episode (episodes,), and of each state (states,) its expected and actual value and the share of
-    the mean's components that are saturated."""
+    """Return the undiscounted return of each episode (episodes,), and the expected value, the actual value and the share of
+    saturated components of the mean in each state (states,)."""
     rng, returns, expected, actual, saturated = np.random.default_rng(args.seed), [], [], [], []
     std = agent.actor.log_var.mul(0.5).exp().numpy() if hasattr(agent.actor, "log_var") else 0.0
 
