@@ -9,7 +9,7 @@ Q is learned from replayed (s, a, r, s') with targets r + gamma Q'(s', mu'(s')):
     theta        actor.parameters()     theta', w'         target_actor, target_qf (Polyak averages at rate tau)
     w            qf.parameters()        mu_theta(s)        actor(observations)
                                         dQ/da              qf.action_gradient(observations, actions)
-Actions are in normalised units everywhere but inside the environment: 1 is half the range of that dimension.
+E_s is a mean over replayed states. Actions are in normalised units except in the environment: 1 is half of their range.
 Equation numbers are those of the Smoothie paper (Nachum et al., ICML 2018). Exploration is an Ornstein-Uhlenbeck process.
 """
 # /// script
@@ -308,7 +308,7 @@ def main(args):
             history = json.loads((run_dir / "config.json").read_text())["provenance"]
             rng.bit_generator.state, noise = json.loads(state["rng"]), np.float32(state["noise"])
             torch.set_rng_state(state["torch_rng"][0])
-            if device.type == "cuda":
+            if device.type == "cuda" and len(state["torch_rng"]) == 2:  # a run from a machine without a GPU has one
                 torch.cuda.set_rng_state(state["torch_rng"][1])
             saved = buffer.count = state["count"]
             if any(transitions.readinto(v) < v.nbytes for v in buffer.last(min(saved, len(buffer.rows)), transitions)):

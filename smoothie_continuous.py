@@ -18,7 +18,7 @@ Where the buffer is near-uniform in a~, these targets average to those of the sm
     phi          actor.log_var          mu_theta(s)        actor(observations)
     Sigma_phi    exp(actor.log_var)     dQ~/da, d2Q~/da2   qf.action_derivatives(observations, actions)
     w            qf.parameters()        lambda             args.kl_coef * value_scale
-Actions are in normalised units everywhere but inside the environment: 1 is half the range of that dimension.
+E_s is a mean over replayed states. Actions are in normalised units except in the environment: 1 is half of their range.
 """
 # /// script
 # requires-python = ">=3.11"
@@ -64,7 +64,7 @@ class Args:
     wandb_project_name: str = "smoothie"  # the Weights & Biases project
     env_id: str = "Hopper-v4"  # gymnasium task with bounded Box actions (Section 6.2)
     total_timesteps: int = 1_000_000  # environment steps: N of Algorithm 1
-    learning_starts: int = 1_000  # first steps, random and without updates (Section 4.2); 10_000 is better on HalfCheetah
+    learning_starts: int = 1_000  # first steps, random and without updates; 10_000 is better on HalfCheetah
     buffer_size: int = 1_000_000  # transitions that the replay buffer keeps
     batch_size: int = 64  # transitions in each of the two batches of an update: B of Algorithm 1
     gamma: float = 0.99  # discount factor (Section 2.1)
@@ -73,7 +73,7 @@ class Args:
     policy_lr: float = 1e-4  # learning rate of theta, by Adam: eta_pi of Algorithm 1
     q_lr: float = 1e-3  # learning rate of w, by Adam: eta_Q of Algorithm 1
     max_grad_norm: float = 4.0  # bound on the norm of the critic's gradient; inf turns clipping off
-    log_var_init: float = -2.0  # phi_0, the initial log-variance of each action dimension, in normalised units (Section 6.2)
+    log_var_init: float = -2.0  # phi_0, the initial log-variance of each action dimension; Sigma = e^phi (Section 6.2)
     log_var_lr: float = 0.3  # learning rate of phi, by gradient ascent, divided by value_scale: eta_pi
     kl_coef: float = 2e-5  # weight of the KL penalty; times value_scale it is lambda of (20)
     eval_frequency: int = 5_000  # environment steps between two evaluations of the mean action
@@ -333,7 +333,7 @@ def main(args):
             history = json.loads((run_dir / "config.json").read_text())["provenance"]
             rng.bit_generator.state = json.loads(state["rng"])
             torch.set_rng_state(state["torch_rng"][0])
-            if device.type == "cuda":
+            if device.type == "cuda" and len(state["torch_rng"]) == 2:  # a run from a machine without a GPU has one
                 torch.cuda.set_rng_state(state["torch_rng"][1])
             saved = buffer.count = state["count"]
             if any(transitions.readinto(v) < v.nbytes for v in buffer.last(min(saved, len(buffer.rows)), transitions)):
