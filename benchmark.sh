@@ -9,8 +9,8 @@
 #   ./benchmark.sh --slurm --partition=cpu --time=24:00:00
 #                                       submit the cells as a Slurm job array; flags after --slurm go to sbatch
 #   ./benchmark.sh --dry-run            print the commands; before --slurm, print the sbatch command
-#   ./benchmark.sh --status             show finished, running, failed and waiting cells, last returns and time left, evaluations
-#                                       not counted
+#   ./benchmark.sh --status             show finished, running, failed and waiting cells, last returns, and the time left, not
+#                                       counting evaluations
 #   ./benchmark.sh --figures            draw the figures and write the table from all data so far
 #
 # The variables also select the cells for --status. RUNS is the folder for the runs (default: benchmark_runs) and
@@ -106,13 +106,13 @@ reason_for_failure() {
 
 # Print a line for each task and script, then the failures and the totals.
 status() {
-  local env_id script seed name folder steps speed left total_speed=0 total_left=0
+  local env_id script seed name folder steps speed left longest total_speed=0 total_left=0
   local -A n=() all=([done]=0 [running]=0 [failed]=0 [waiting]=0)
   local state returns failures=''
   printf '%-15s %-20s %5s %8s %7s %8s %9s  %s\n' task script 'done' running failed waiting 'time left' 'last return of each seed'
   for env_id in "${envs[@]}"; do
     for script in "${scripts[@]}"; do
-      n=([done]=0 [running]=0 [failed]=0 [waiting]=0) returns='' left=-
+      n=([done]=0 [running]=0 [failed]=0 [waiting]=0) returns='' left=- longest=0
       for seed in "${seeds[@]}"; do
         name=$(name_of "$env_id" "$script" "$seed") folder=$(folder_of "$env_id" "$script" "$seed") state=waiting
         steps=$(steps_of "$folder")
@@ -122,7 +122,7 @@ status() {
           state=running left=${left/-/?}
           speed=$({ grep -oE '[0-9]+ steps/s' "$runs/$name.log" || echo 0; } | tail -n 1)
           speed=${speed% steps/s} total_speed=$((total_speed + speed))
-          ((speed)) && left=$(hours $(((total_timesteps - steps) / speed)))
+          ((speed && (total_timesteps - steps) / speed > longest)) && longest=$(((total_timesteps - steps) / speed)) left=$(hours "$longest")
         elif [[ -f $runs/$name.failed ]]; then
           state=failed failures+="failed: $(<"$runs/$name.failed")"$'\n'
         fi

@@ -171,17 +171,20 @@ def test_a_failure_is_reported_with_its_reason(task, flags, message):
     assert lines[3] == "1 cells: 0 done, 1 failed, 0 waiting, 0 running"
 
 
-def test_status_shows_returns_and_the_time_left():
+def test_status_shows_returns_and_the_time_left_of_the_slowest():
     run_folder(1, "0,0,9.0,5\n10000,0,100.0,5\n10000,1,300.0,5\n")
-    with open("out/Hopper-v4__ddpg_continuous__1.log", "w") as file:
-        file.write(
+    run_folder(2, "50000,0,70.0,5\n")
+    with open("out/Hopper-v4__ddpg_continuous__1.log", "w") as slow, open("out/Hopper-v4__ddpg_continuous__2.log", "w") as fast:
+        slow.write(
             "step 0: eval return 9.00\nstep 5000: eval return 9.00, 7 steps/s\nstep 10000: eval return 200.00, 10 steps/s\n"
         )
-        file.flush()
-        fcntl.flock(file, fcntl.LOCK_EX)
-        lines = benchmark("--status", **HOPPER, SEEDS="1 2", TOTAL_TIMESTEPS="100000").stdout.splitlines()
-    assert lines[1].split() == ["Hopper-v4", "ddpg_continuous", "0", "1", "0", "1", "2.5", "h", "200", "-"]
-    assert lines[2] == "2 cells: 0 done, 0 failed, 1 waiting, 1 running; about 5.2 h left at the present speed"
+        fast.write("step 50000: eval return 70.00, 30 steps/s\n")
+        for file in (slow, fast):
+            file.flush()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        lines = benchmark("--status", **HOPPER, SEEDS="1 2 3", TOTAL_TIMESTEPS="100000").stdout.splitlines()
+    assert lines[1].split() == ["Hopper-v4", "ddpg_continuous", "0", "2", "0", "1", "2.5", "h", "200", "70", "-"]
+    assert lines[2] == "3 cells: 0 done, 0 failed, 1 waiting, 2 running; about 1.6 h left at the present speed"
 
 
 def test_figures_that_cannot_be_drawn_replace_nothing():
