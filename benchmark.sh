@@ -122,7 +122,7 @@ status() {
           state=running left=${left/-/?}
           speed=$({ grep -oE '[0-9]+ steps/s' "$runs/$name.log" || echo 0; } | tail -n 1)
           speed=${speed% steps/s} total_speed=$((total_speed + speed))
-          ((speed && (total_timesteps - steps) / speed > longest)) && longest=$(((total_timesteps - steps) / speed)) left=$(hours "$longest")
+          ((speed && (total_timesteps - steps) / speed > longest)) && longest=$(((total_timesteps - steps) / speed))
         elif [[ -f $runs/$name.failed ]]; then
           state=failed failures+="failed: $(<"$runs/$name.failed")"$'\n'
         fi
@@ -130,6 +130,7 @@ status() {
         n[$state]=$((n[$state] + 1)) all[$state]=$((all[$state] + 1))
         returns+=" $(last_return "$folder")"
       done
+      ((longest)) && left=$(hours "$longest")
       printf '%-15s %-20s %5s %8s %7s %8s %9s %s\n' "$env_id" "$script" "${n[done]}" "${n[running]}" "${n[failed]}" "${n[waiting]}" "$left" "$returns"
     done
   done

@@ -333,7 +333,7 @@ def main(args):
             history = json.loads((run_dir / "config.json").read_text())["provenance"]
             rng.bit_generator.state = json.loads(state["rng"])
             torch.set_rng_state(state["torch_rng"][0])
-            if device.type == "cuda" and len(state["torch_rng"]) == 2:  # a run from a machine without a GPU has one
+            if device.type == "cuda" and len(state["torch_rng"]) == 2:  # one if saved without a GPU
                 torch.cuda.set_rng_state(state["torch_rng"][1])
             saved = buffer.count = state["count"]
             if any(transitions.readinto(v) < v.nbytes for v in buffer.last(min(saved, len(buffer.rows)), transitions)):
