@@ -243,8 +243,9 @@ def machine(args):
         names = {line.split(":")[1].strip() for line in file if line.startswith("model name")}
     import torch
 
-    device = torch.cuda.get_device_name() if args.cuda else f"{args.threads} core{'s' if args.threads > 1 else ''}"
-    return f"{device} of {' and '.join(sorted(names)) or platform.processor()}, PyTorch {torch.__version__.split('+')[0]}"
+    gpu = f"{torch.cuda.get_device_name()} and " if args.cuda else ""
+    cores = f"{args.threads} core{'s' if args.threads > 1 else ''} of {' and '.join(sorted(names)) or platform.processor()}"
+    return f"{gpu}{cores}, PyTorch {torch.__version__.split('+')[0]}"
 
 
 def table(args):

@@ -111,7 +111,7 @@ def furthest(agent, weights):
 def weights_of(learner):
     nets = {net: getattr(learner, net) for net in ("actor", "target_actor", "qf", "target_qf")}
     weights = {f"{net}.{name}": value for net, module in nets.items() for name, value in module.state_dict().items()}
-    return {name: value.double().clone() for name, value in weights.items()}
+    return {name: value.to("cpu", torch.float64, copy=True) for name, value in weights.items()}
 
 
 def compare(script, agent, updates=100):
@@ -150,12 +150,14 @@ def test_float32_update_stays_close_to_the_plain_mathematics(script):
     assert after_one < 3e-4 and after_all < 1e-3 and way > 0.5, (after_one, after_all, way)
 
 
-def test_compiled_update_is_the_update(script):
+@pytest.mark.parametrize("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def test_compiled_update_is_the_update(script, device):
     """With the same random numbers, too."""
-    agent, compiled = new_agent(script), new_agent(script)
-    update, start = script.compile_update(compiled.update, "cpu"), weights_of(agent)
+    agent, compiled = new_agent(script).to(device), new_agent(script).to(device)
+    update, start = script.compile_update(compiled.update, device), weights_of(agent)
     assert update != compiled.update, "it can be compiled here"
     for step, (observations, batch) in enumerate(itertools.islice(draws(torch.float32), 100)):
+        observations, batch = observations.to(device), [part.to(device) for part in batch]
         torch.manual_seed(step)
         expected = agent.update(observations, batch)
         torch.manual_seed(step)
