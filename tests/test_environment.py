@@ -148,7 +148,7 @@ def test_ddpg_explores_with_ornstein_uhlenbeck_noise_that_starts_anew_with_each_
 def test_evaluation_runs_the_mean_action_on_seeds_of_its_own(trained):
     low, high = Recorder.action_space.low, Recorder.action_space.high
     expected = (high + low) / 2 + (high - low) / 2 * trained.mean_action(trained.evaluation.seen)
-    np.testing.assert_allclose(trained.evaluation.received, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(trained.evaluation.received, expected, rtol=0, atol=1e-6)
     seeds = trained.evaluation.seeds
     assert len(set(seeds[:3])) == 3, "each episode is another"
     assert seeds == 4 * seeds[:3], "each evaluation plays the same episodes"

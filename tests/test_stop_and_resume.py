@@ -144,7 +144,7 @@ def test_a_second_ctrl_c_ends_at_once():
 
 def test_ctrl_c_while_the_first_update_compiles():
     """A terminal sends it to the compiler, too: there it must not arrive."""
-    flags = SHORT | {"compile": True, "cuda": False, "total_timesteps": 10_000}  # a GPU needs no C++
+    flags = SHORT | {"compile": True, "cuda": False, "total_timesteps": 10_000}  # waits for the CPU's compiler
     process = popen(ddpg_continuous, {"TORCHINDUCTOR_CACHE_DIR": os.path.abspath("cache")}, os.setsid, **flags)
     while not process.stdout.readline().startswith("step 100:"):
         assert process.poll() is None
