@@ -42,7 +42,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 LOG_FREQUENCY = 100  # environment steps between two records of the losses
-STOP, signals = {signal.SIGINT, signal.SIGTERM}, []  # what stops a run; those received and not yet handled
+STOP, signals = {signal.SIGINT, signal.SIGTERM}, []  # the signals that stop a run; those received so far
 
 
 @dataclass
@@ -137,8 +137,8 @@ class QNetwork(nn.Module):
     def action_gradient(self, observations, actions):
         """Return dQ/da (batch, action_dim) in closed form.
 
-        With z = W_s e(s) + W_a a + b and q = w.gelu(z) + c: dq/da = (w * gelu'(z)) W_a, where gelu' = cdf(z) + z pdf(z), of
-        N(0, 1). For another network use torch.func.grad.
+        With z = W_s e(s) + W_a a + b and q = w.gelu(z) + c: dq/da = (w * gelu'(z)) W_a, where gelu' = cdf(z) + z pdf(z) with
+        the cdf and pdf of N(0, 1). For another network use torch.func.grad.
         """
         z, w, w_a = self.hidden(observations, actions), self.fc_q.weight, self.fc2.weight[:, -actions.shape[1] :]
         cdf, pdf = 0.5 * (1 + torch.erf(z / math.sqrt(2))), torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
@@ -258,7 +258,7 @@ def evaluate(actor, env, args, video):
 
 
 def write(path, content):
-    """Replace the file by a string, or by a dict as torch.save writes it; a kill or a full disk leaves the old file."""
+    """Replace the file's content with a string or, by torch.save, a dict; a kill or a full disk leaves the old file."""
     if isinstance(content, dict):
         torch.save(content, buffer := io.BytesIO())
     Path(f"{path}.new").write_bytes(buffer.getbuffer() if isinstance(content, dict) else content.encode())
@@ -417,7 +417,7 @@ if __name__ == "__main__":
 
     def on_signal(number, _):
         signals.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once, or after compiling
 
     for number in STOP:
         signal.signal(number, on_signal)

@@ -14,7 +14,7 @@ j sees a Gaussian of mean z_j and variance s_j^2 = sum_i (W_a)_ji^2 Sigma_ii. Wi
 Theorem 1 (14) holds by construction. Q is learned at the replayed actions on r + gamma Q~'(s', mu'(s')): (16) with an exact
 expectation, no phantom actions and no near-uniform buffer. max O_TR = O - lambda E_s[ KL(pi || pi_old) ]       (20)
 
-    theta        actor.parameters()     theta', phi', w'   target_actor, target_qf (Polyak averages at rate tau)
+    theta        the actor's layers     theta', phi', w'   target_actor, target_qf (Polyak averages at rate tau)
     phi          actor.log_var          mu_theta(s)        actor(observations)
     Sigma_phi    exp(actor.log_var)     dQ~/da, d2Q~/da2   qf.smoothed(observations, actions, log_var)
     w            qf.parameters()        lambda             args.kl_coef * value_scale
@@ -50,7 +50,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 LOG_FREQUENCY = 100  # environment steps between two records of the losses
-STOP, signals = {signal.SIGINT, signal.SIGTERM}, []  # what stops a run; those received and not yet handled
+STOP, signals = {signal.SIGINT, signal.SIGTERM}, []  # the signals that stop a run; those received so far
 
 
 @dataclass
@@ -282,7 +282,7 @@ def evaluate(actor, env, args, video):
 
 
 def write(path, content):
-    """Replace the file by a string, or by a dict as torch.save writes it; a kill or a full disk leaves the old file."""
+    """Replace the file's content with a string or, by torch.save, a dict; a kill or a full disk leaves the old file."""
     if isinstance(content, dict):
         torch.save(content, buffer := io.BytesIO())
     Path(f"{path}.new").write_bytes(buffer.getbuffer() if isinstance(content, dict) else content.encode())
@@ -440,7 +440,7 @@ if __name__ == "__main__":
 
     def on_signal(number, _):
         signals.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once, or after compiling
 
     for number in STOP:
         signal.signal(number, on_signal)

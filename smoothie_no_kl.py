@@ -13,7 +13,7 @@ covariance of pi(.|s) = N(mu_theta(s), Sigma_phi). So the policy learns how wide
 Q~ is learned from replayed (s, a~, r, s'): at a phantom action a ~ N(a~, Sigma) it is fitted to r + gamma Q~'(s', mu'(s')).
 Where the buffer is near-uniform in a~, these targets average to those of the smoothed Bellman equation.       (12), (18)
 
-    theta        actor.parameters()     theta', phi', w'   target_actor, target_qf (Polyak averages at rate tau)
+    theta        the actor's layers     theta', phi', w'   target_actor, target_qf (Polyak averages at rate tau)
     phi          actor.log_var          mu_theta(s)        actor(observations)
     Sigma_phi    exp(actor.log_var)     dQ~/da, d2Q~/da2   qf.action_derivatives(observations, actions)
     w            qf.parameters()
@@ -49,7 +49,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 LOG_FREQUENCY = 100  # environment steps between two records of the losses
-STOP, signals = {signal.SIGINT, signal.SIGTERM}, []  # what stops a run; those received and not yet handled
+STOP, signals = {signal.SIGINT, signal.SIGTERM}, []  # the signals that stop a run; those received so far
 
 
 @dataclass
@@ -275,7 +275,7 @@ def evaluate(actor, env, args, video):
 
 
 def write(path, content):
-    """Replace the file by a string, or by a dict as torch.save writes it; a kill or a full disk leaves the old file."""
+    """Replace the file's content with a string or, by torch.save, a dict; a kill or a full disk leaves the old file."""
     if isinstance(content, dict):
         torch.save(content, buffer := io.BytesIO())
     Path(f"{path}.new").write_bytes(buffer.getbuffer() if isinstance(content, dict) else content.encode())
@@ -431,7 +431,7 @@ if __name__ == "__main__":
 
     def on_signal(number, _):
         signals.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once, or after compiling
 
     for number in STOP:
         signal.signal(number, on_signal)

@@ -18,7 +18,7 @@ distributed as N((a + mu) / 2, Sigma / 2), a narrower smoothing than (9), and wi
 them it does. Here q is the average of all policies that filled the buffer, kept on a grid; the weights are capped and divided
 by their sum in the batch. The closed form needs no weights, as it learns the reward at the actions taken.
 
-All seeds train side by side: the first dimension of every tensor below is the seed.
+All seeds train side by side: tensors have a dimension for the seed, the first where nothing else is said.
 """
 
 import math
@@ -209,7 +209,7 @@ def plot(paths, flow, output):
 def summary(name, path):
     """Return one line: how many seeds end within one width of the better mode, and where the median seed ends."""
     mean, std = path[-1, :, 0], path[-1, :, 1]
-    reached = np.abs(mean - MODES[1]) < WIDTH
+    reached = (np.abs(mean - MODES[1]) < WIDTH) & (std < MAX_STD)
     line = f"{name}: {reached.sum()}/{len(mean)} seeds reached the better mode, final mean {np.median(mean):.2f}"
     diverged = ~(std < MAX_STD)
     return line + f", final std {np.median(std):.2f}" + (f", {diverged.sum()} diverged" if diverged.any() else "")

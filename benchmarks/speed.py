@@ -6,7 +6,8 @@ each runs `--steps` environment steps while the others wait, `--repetitions` tim
 and the divergence guard. No loop evaluates.
 
 The floor replays the matrix products of one update of smoothie_continuous.py, recorded from the script, and steps the
-environment with random actions. Nothing that does this work with the same matrix library can be faster.
+environment with random actions. Nothing that does this work with the same matrix library can be faster. On a GPU, where it
+launches each product by itself, a script's CUDA graph can. SBX uses the GPU if JAX does: pip install jax[cuda12].
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/speed.py --env-id Walker2d-v4 --output benchmarks/speed.md
@@ -113,7 +114,7 @@ def recorded_products(script, obs_dim, action_dim, batch_size):
 
 
 def contestant(module, compile, args):
-    """Train forever, in windows: what a process of its own does."""
+    """Train forever, in windows; each contestant does this in its own process."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     warnings.filterwarnings("ignore")
@@ -165,6 +166,8 @@ def contestant(module, compile, args):
                     env.reset()
                 for a, b, out in products:
                     torch.mm(a, b, out=out)
+                if args.cuda:
+                    torch.cuda.synchronize()  # the scripts wait for each action
     else:
         ddpg = importlib.import_module(module).DDPG
         kwargs = {"device": "cuda" if args.cuda else "cpu"} if module == "stable_baselines3" else {}

@@ -12,7 +12,7 @@ Section 3 prints the score of the policy with a wrong sign and a wrong power. Th
 
 so d log pi / d phi = ((a - mu)^2 / sigma^2 - 1) / 2. All critics are the same network. Its units are GELU, which have a Hessian
 and whose average over the policy has a closed form (Critic.derivatives). The task has one step, so the targets of (8), (16) and
-(18) are the reward. All seeds train side by side: the first dimension of every tensor is the seed.
+(18) are the reward. All seeds train side by side: the networks' and batches' first dimension is the seed.
 """
 
 import math

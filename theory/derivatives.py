@@ -26,7 +26,7 @@ import tyro
 
 MEAN, COVARIANCE = torch.tensor([0.2, -0.1]), torch.tensor([[0.36, 0.15], [0.15, 0.25]])
 CENTERS, HEIGHTS = torch.tensor([[-0.7, 0.0], [0.8, 0.6], [0.4, -0.9]]), torch.tensor([0.7, 1.0, -0.6])
-BUMP = torch.tensor([[0.25, -0.05], [-0.05, 0.16]])  # the covariance that every bump has the shape of
+BUMP = torch.tensor([[0.25, -0.05], [-0.05, 0.16]])  # every bump's covariance
 
 
 @dataclass

@@ -10,9 +10,9 @@ Everything in the paper is known exactly here. With x = (s, a), F = A + B K and 
     dJ/dSigma = H_aa / (1 - gamma)    so the best covariance is 0; the best gain solves a Riccati equation      (14), (15)
 
 Sigma = L L^T is a full matrix. The flow is K <- K + gain_lr (1 - gamma) dJ/dK, L <- L + factor_lr (1 - gamma) 2 dJ/dSigma L.
-Critics are least-squares fits of quadratic features that forget old batches, with targets from lagged weights. All routes see
-the same states: chains that follow the policy and restart with probability 1 - gamma, so that states are distributed as in J.
-With uniform behaviour the critic learns from a uniform action at each state; the policy's action still moves the chain.
+Critics are least-squares fits of quadratic features that forget old batches, with targets from lagged weights. States come from
+chains that follow the policy and restart with probability 1 - gamma, so they are distributed as in J. With uniform behaviour
+the critic learns from a uniform action at each state; the policy's action still moves the chain.
 """
 
 import sys
@@ -249,8 +249,8 @@ def plot(curves, args):
     figure = Figure(figsize=(12, 4.4), layout="constrained")
     axes = figure.subplots(1, 3)
     for name, (*ys, style) in curves.items():
-        for axis, y in zip(axes, ys, strict=True):
-            axis.plot(np.arange(len(y)) * (args.updates // max(len(y), 1)), y, label=name, linewidth=1.4, **style)
+        for axis, y, every in zip(axes, ys, (EVERY, 1, 1), strict=True):
+            axis.plot(np.arange(len(y)) * every, y, label=name, linewidth=1.4, **style)
             axis.set(xlabel="update", xlim=(0, args.updates))
     axes[0].set(ylabel="error of Q̃, relative to its deviation", yscale="log", ylim=(0.03, 8))
     axes[1].set(ylabel="|K - K*| / |K*|", yscale="log", ylim=(0.003, 1.5))

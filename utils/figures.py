@@ -2,8 +2,8 @@
 
     python utils/figures.py results/data --output results
 
-Figure 3 compares Smoothie with DDPG, Figure 4 compares it with and without the KL penalty. Each has a panel for every task in
-the data. Other scripts in the data are added to Figure 3.
+Figure 3 compares Smoothie with DDPG, Figure 4 compares it with and without the KL penalty. Each has a panel for every task
+that has data for it. Other scripts in the data are added to Figure 3.
 
 figure_3.png and figure_4.png show the mean over seeds and its standard deviation, clipped to the seeds' minimum and maximum,
 as in the paper. figure_3_iqm.png and figure_4_iqm.png show the interquartile mean, a thin line for each seed and,
