@@ -1,9 +1,9 @@
 """Steps a second of our scripts and of Stable-Baselines3's and SBX's DDPG on the same work, measured in one call.
 
-Every contestant trains in its own process, pinned to the same cores: one environment, one update a step, networks of 400 and
-300 units, a million transitions of replay. All of them start and warm up (random steps, compilation). Then they take turns:
-each runs `--steps` environment steps while the others wait, `--repetitions` times. The scripts run as they are, with logging
-and the divergence guard. No loop evaluates.
+Every contestant trains in its own process: one environment, one update a step, networks of 400 and 300 units, a million
+transitions of replay. All of them start and warm up (random steps, compilation) at once, on separate cores if there are enough.
+Then they move to the same cores and take turns: each runs `--steps` environment steps while the others wait, `--repetitions`
+times. The scripts run as they are, with logging and the divergence guard. No loop evaluates.
 
 The floor replays the matrix products of one update of smoothie_continuous.py, recorded from the script, and steps the
 environment with random actions. Nothing that does this work with the same matrix library can be faster. On a GPU, where it
@@ -115,8 +115,6 @@ def recorded_products(script, obs_dim, action_dim, batch_size):
 
 def contestant(module, compile, args):
     """Train forever, in windows; each contestant does this in its own process."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     warnings.filterwarnings("ignore")
     sys.path.insert(0, ROOT)
     import gymnasium as gym
@@ -186,7 +184,7 @@ def contestant(module, compile, args):
 
 
 class Process:
-    """One contestant: started and warmed up on its own, then asked for one window at a time."""
+    """One contestant: starts and warms up at once, then runs one window at a time."""
 
     def __init__(self, name, args):
         self.name, self.seconds, self.memory = name, [], 0
@@ -204,7 +202,13 @@ class Process:
             env=env,
             cwd=self.folder.name,
         )
-        self.read()
+
+    def pin(self, cores):
+        """Keep all threads of the process, and those that it starts later, to these cores."""
+        if hasattr(os, "sched_setaffinity"):
+            for thread in os.listdir(f"/proc/{self.process.pid}/task"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.sched_setaffinity(int(thread), cores)
 
     def read(self):
         for line in self.process.stdout:
@@ -228,12 +232,19 @@ class Process:
 
 def measure(names, args):
     """Return {name: (list of steps a second, peak memory in bytes)}, every name once before any name again."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    slots = max(1, len(cores) // args.threads)
     with contextlib.ExitStack() as stack:
         processes = []
-        for name in names:
-            print(f"{name}: starting", file=sys.stderr)
+        for i, name in enumerate(names):
             processes.append(Process(name, args))
             stack.callback(processes[-1].close)
+            first = i % slots * args.threads
+            processes[-1].pin(cores[first : first + args.threads])
+        for process in processes:
+            process.read()
+            print(f"{process.name}: ready", file=sys.stderr)
+            process.pin(cores[: args.threads])
         for repetition in range(args.repetitions):
             for process in processes:
                 process.window()
