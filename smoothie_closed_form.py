@@ -11,7 +11,7 @@ j sees a Gaussian of mean z_j and variance s_j^2 = sum_i (W_a)_ji^2 Sigma_ii. Wi
     dQ~/da      = (w * cdf(z/s)) W_a             grad_theta O = E_s[ dQ~/da  at a = mu(s), times grad_theta mu(s) ]   (13)
     d2Q~/da_i^2 = (w * pdf(z/s) / s) (W_a^2)_i   grad_phi   O = E_s[ 1/2 d2Q~/da2 at a = mu(s), times grad_phi Sigma ] (15)
 
-Theorem 1 (14) holds by construction. Q is learned at the replayed actions on r + gamma Q~'(s', mu'(s')): (16) with an exact
+Theorem 1 (14) holds by construction. Q is fitted at the replayed actions to r + gamma Q~'(s', mu'(s')): (16) with an exact
 expectation, no phantom actions and no near-uniform buffer. max O_TR = O - lambda E_s[ KL(pi || pi_old) ]       (20)
 
     theta        the actor's layers     theta', phi', w'   target_actor, target_qf (Polyak averages at rate tau)
@@ -318,7 +318,7 @@ def main(args):
     exact = qf(s, a), in_value[0], in_gradient[0, :, 0].diagonal()
     found = qf.smoothed(s, a, phi - 40)[0], *qf.smoothed(s, a, phi)[1:]  # without covariance the smoothed value is the value
     if any((x - y).norm() > 1e-6 * y.norm() for x, y in zip(found, exact, strict=True)):
-        sys.exit("QNetwork: smoothed is not the average of forward, or its derivatives are not its own; change them together")
+        sys.exit("QNetwork: smoothed must return the Gaussian average of forward and its two derivatives; change them together")
     buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), obs_dim, action_dim, rng, device)
     start, saved, episode_seed, episode_length, evaluations, history, losses = 0, 0, int(rng.integers(2**31)), 0, [], [], {}
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")

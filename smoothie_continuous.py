@@ -5,7 +5,7 @@ DDPG's critic estimates the value of action a. Smoothie's critic estimates the v
     Q~(s, a) = E[Q(s, a~)],  a~ ~ N(a, Sigma)                                                                    (9)
 
 At a = mu(s), its gradient and half its Hessian in the action are the exact gradients of the expected return in the mean and the
-covariance of pi(.|s) = N(mu_theta(s), Sigma_phi). So the policy learns how widely to explore, and samples no actions for that:
+covariance of pi(.|s) = N(mu_theta(s), Sigma_phi). So the policy learns how widely to explore, without sampling actions:
 
     grad_theta O = E_s[ dQ~/da  at a = mu(s), times grad_theta mu(s) ]                                          (13)
     grad_phi   O = E_s[ 1/2 d2Q~/da2 at a = mu(s), times grad_phi Sigma ]        (Theorem 1)              (14), (15)

@@ -3,11 +3,11 @@
 Every contestant trains in its own process: one environment, one update a step, networks of 400 and 300 units, a million
 transitions of replay. All of them start and warm up (random steps, compilation) at once, on separate cores if there are enough.
 Then they move to the same cores and take turns: each runs `--steps` environment steps while the others wait, `--repetitions`
-times. The scripts run as they are, with logging and the divergence guard. No loop evaluates.
+times. The scripts run as they are, with logging and the divergence guard. Nothing is evaluated.
 
 The floor replays the matrix products of one update of smoothie_continuous.py, recorded from the script, and steps the
-environment with random actions. Nothing that does this work with the same matrix library can be faster. On a GPU, where it
-launches each product by itself, a script's CUDA graph can. SBX uses the GPU if JAX does: pip install jax[cuda12].
+environment with random actions. No program does this work faster with the same matrix library, but a CUDA graph on a GPU can,
+as the floor launches each product separately. SBX uses the GPU if JAX does: pip install jax[cuda12].
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/speed.py --env-id Walker2d-v4 --output benchmarks/speed.md

@@ -107,7 +107,7 @@ def svg(qf, step):
 
 
 def svg_std(qf, step):
-    """SVG(0) that learns sigma by the same reparameterisation, as Section 5 suggests: E[Q''] = E[Q' noise] / sigma."""
+    """SVG(0) that learns sigma by the same reparameterisation, which Section 5 mentions: E[Q''] = E[Q' noise] / sigma."""
     gradient, _ = svg(qf, step)
     return gradient, gradient * step.noise / step.std
 
