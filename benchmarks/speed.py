@@ -7,7 +7,7 @@ times. The scripts run as they are, with logging and the divergence guard. Nothi
 
 The floor replays the matrix products of one update of smoothie_continuous.py, recorded from the script, and steps the
 environment with random actions. No program does this work faster with the same matrix library, but a CUDA graph on a GPU can,
-as the floor launches each product separately. SBX uses the GPU if JAX does: pip install jax[cuda12].
+as the floor launches each product separately. SBX uses the GPU if JAX does: pip install "jax[cuda13]".
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/speed.py --env-id Walker2d-v4 --output benchmarks/speed.md
