@@ -6,11 +6,12 @@ Then they move to the same cores and take turns: each runs `--steps` environment
 times. The scripts run as they are, with logging and the divergence guard. Nothing is evaluated.
 
 The floor replays the matrix products of one update of smoothie_continuous.py, recorded from the script, and steps the
-environment with random actions. No program does this work faster with the same matrix library, but a CUDA graph on a GPU can,
-as the floor launches each product separately. SBX uses the GPU if JAX does: pip install "jax[cuda13]".
+environment with random actions. On a CPU no program does this work faster with the same matrix library. On a GPU a CUDA graph
+can, as the floor launches each product separately. With --cuda, SBX needs JAX for the GPU: pip install "jax[cuda13]".
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/speed.py --env-id Walker2d-v4 --output benchmarks/speed.md
+    python benchmarks/speed.py --cuda --repetitions 5 --output benchmarks/speed_cuda.md
     python benchmarks/speed.py --sweep --repetitions 3 --steps 200 --output benchmarks/cost.md
 """
 
@@ -167,6 +168,8 @@ def contestant(module, compile, args):
                 if args.cuda:
                     torch.cuda.synchronize()  # the scripts wait for each action
     else:
+        if module == "sbx" and args.cuda and importlib.import_module("jax").default_backend() != "gpu":
+            sys.exit('JAX finds no GPU: pip install "jax[cuda13]"')
         ddpg = importlib.import_module(module).DDPG
         kwargs = {"device": "cuda" if args.cuda else "cpu"} if module == "stable_baselines3" else {}
         ddpg(
@@ -184,7 +187,7 @@ def contestant(module, compile, args):
 
 
 class Process:
-    """One contestant: starts and warms up at once, then runs one window at a time."""
+    """One contestant: starts and warms up by itself, then runs one window at a time."""
 
     def __init__(self, name, args):
         self.name, self.seconds, self.memory = name, [], 0
@@ -205,10 +208,9 @@ class Process:
 
     def pin(self, cores):
         """Keep all threads of the process, and those that it starts later, to these cores."""
-        if hasattr(os, "sched_setaffinity"):
-            for thread in os.listdir(f"/proc/{self.process.pid}/task"):
-                with contextlib.suppress(ProcessLookupError):
-                    os.sched_setaffinity(int(thread), cores)
+        for thread in os.listdir(f"/proc/{self.process.pid}/task") if cores else []:
+            with contextlib.suppress(ProcessLookupError):  # the thread has ended
+                os.sched_setaffinity(int(thread), cores)
 
     def read(self):
         for line in self.process.stdout:
