@@ -25,15 +25,16 @@ import smoothie_closed_form
 from tests.conftest import ROOT, run
 
 DATA = os.path.join(ROOT, "results", "data")
+MORE_DATA = os.path.join(ROOT, "results", "data_more_seeds")
 
 
 def collect_runs(*run_dirs, output="data"):
     collect.main(collect.Args(run_dirs, output))
 
 
-def print_table(capsys, data="data"):
+def print_table(capsys, *data, **options):
     capsys.readouterr()
-    table.main(table.Args(data))
+    table.main(table.Args(data or ("data",), **options))
     return capsys.readouterr().out
 
 
@@ -114,6 +115,15 @@ def test_the_bold_line_ends_with_the_shortest_run():
     collect_runs("runs/1", "runs/2")
     steps, returns = align(read_data("data")["Hopper-v4"]["ddpg_continuous"])
     assert steps.tolist() == [0, 5000] and returns.tolist() == [[2.0, 5.0], [2.0, 6.0]]
+
+
+def test_runs_of_different_lengths_are_compared_up_to_the_same_step(capsys):
+    collect_runs(run_folder("runs/1", seed=1, returns=((1.0, 3.0), (4.0, 6.0), (70.0, 90.0))), output="data")
+    collect_runs(run_folder("runs/2", seed=2, returns=((2.0, 4.0), (7.0, 9.0))), output="more")
+    rows = [line for line in print_table(capsys, "data", "more", last_step=5000).splitlines() if line.startswith("| **")]
+    assert [cell.strip() for cell in rows[0].split("|")[2:5]] == ["2", "5k", "4, 6"] and len(rows) == 1
+    with pytest.raises(SystemExit, match="some seeds of ddpg_continuous on Hopper-v4 are there twice"):
+        print_table(capsys, "data", "more", "data")
 
 
 def test_no_collected_data_is_lost():
@@ -273,11 +283,16 @@ def test_committed_figures_and_tables_come_from_the_committed_data(capsys):
         readme = file.read().splitlines()
     for line in print_table(capsys, DATA).splitlines():
         assert line in readme, f"results/README.md lacks {line!r}: paste the output of utils/table.py"
+    more = print_table(capsys, DATA, MORE_DATA, last_step=235_000)
+    lines = [line for task in ("HalfCheetah-v4", "Walker2d-v4") for line in re.findall(rf"### {task}\n\n((?:\|.*\n)+)", more)]
+    for line in "".join(lines).splitlines():
+        assert "1000k" in line or line in readme, f"results/README.md lacks {line!r}"
 
 
 def test_committed_data_name_their_versions():
     paths = glob.glob(os.path.join(DATA, "*.json"))
     assert paths
+    paths += glob.glob(os.path.join(MORE_DATA, "*.json"))
     for path in paths:
         with open(path) as file:
             provenance = json.load(file)["provenance"]
@@ -286,7 +301,7 @@ def test_committed_data_name_their_versions():
             assert {"torch", "gymnasium", "mujoco", "numpy"} <= made_by.keys()
 
 
-@pytest.mark.parametrize("path", sorted(glob.glob(os.path.join(DATA, "*.json"))), ids=os.path.basename)
+@pytest.mark.parametrize("path", sorted(glob.glob(os.path.join(DATA + "*", "*.json"))), ids=os.path.basename)
 def test_committed_data_have_the_flags_of_the_benchmark(path):
     """The defaults of the scripts and benchmark_settings.txt, as they are now, repeat the committed runs."""
     with open(path) as file:

@@ -52,21 +52,28 @@ def in_order(names, known):
     return sorted(names, key=lambda name: ([*known, name].index(name), name))
 
 
-def read_data(folder):
-    """Return {task: {script: [Run of each seed]}}, everything in order, or exit with a sentence."""
+def read_data(*folders, last_step=np.inf):
+    """Return {task: {script: [Run of each seed]}}, everything in order and up to last_step, or exit with a sentence."""
     data = defaultdict(lambda: defaultdict(list))
-    for path in glob.glob(os.path.join(glob.escape(folder), "*.csv")):
-        run = read_run(path, path[: -len("csv")] + "json")
-        data[run.config["env_id"]][run.config["exp_name"]].append(run)
-    if not data:
-        sys.exit(f"{folder}: no evaluations found; collect some with python utils/collect.py runs/* --output {folder}")
+    for folder in folders:
+        paths = glob.glob(os.path.join(glob.escape(folder), "*.csv"))
+        if not paths:
+            sys.exit(f"{folder}: no evaluations found; collect some with python utils/collect.py runs/* --output {folder}")
+        for path in paths:
+            run = read_run(path, path[: -len("csv")] + "json")
+            kept = run.steps <= last_step
+            data[run.config["env_id"]][run.config["exp_name"]].append(Run(run.config, run.steps[kept], run.returns[kept]))
     for task, scripts in data.items():
         for script, runs in scripts.items():
             runs.sort(key=lambda run: run.config["seed"])
+            seeds = [run.config["seed"] for run in runs]
+            if len(set(seeds)) < len(seeds):
+                sys.exit(f"{', '.join(folders)}: some seeds of {script} on {task} are there twice")
             for key in sorted(set().union(*[run.config for run in runs]) - MAY_DIFFER):
                 values = sorted({str(run.config.get(key)) for run in runs})
                 if len(values) > 1:
-                    sys.exit(f"{folder}: the seeds of {script} on {task} differ in {key} ({', '.join(values)}); separate them")
+                    values = ", ".join(values)
+                    sys.exit(f"{', '.join(folders)}: the seeds of {script} on {task} differ in {key} ({values}); separate them")
     return {task: {script: data[task][script] for script in in_order(data[task], LABELS)} for task in in_order(data, TASKS)}
 
 

@@ -27,8 +27,10 @@ HEADER = (
 
 @dataclass
 class Args:
-    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
-    """the folder that collect.py wrote"""
+    data: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="DATA ...")]
+    """folders that collect.py wrote"""
+    last_step: float = float("inf")
+    """leave out evaluations after this step, to compare runs of different lengths"""
 
 
 def thousands(steps):
@@ -76,7 +78,7 @@ def published_rows(task):
 
 
 def main(args):
-    for task, scripts in read_data(args.data).items():
+    for task, scripts in read_data(*args.data, last_step=args.last_step).items():
         print(f"### {task}\n\n{HEADER}", *measured_rows(scripts), *published_rows(task), "", sep="\n")
 
 
