@@ -9,6 +9,7 @@ Welch's t. Published returns are from utils/published.csv and after a million st
 
 import csv
 import os
+import sys
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -78,6 +79,8 @@ def published_rows(task):
 
 
 def main(args):
+    if not args.data:
+        sys.exit("name at least one folder of data")
     for task, scripts in read_data(*args.data, last_step=args.last_step).items():
         print(f"### {task}\n\n{HEADER}", *measured_rows(scripts), *published_rows(task), "", sep="\n")
 
