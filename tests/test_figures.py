@@ -122,7 +122,7 @@ def test_runs_of_different_lengths_are_compared_up_to_the_same_step(capsys):
     collect_runs(run_folder("runs/2", seed=2, returns=((2.0, 4.0), (7.0, 9.0))), output="more")
     rows = [line for line in print_table(capsys, "data", "more", last_step=5000).splitlines() if line.startswith("| **")]
     assert [cell.strip() for cell in rows[0].split("|")[2:5]] == ["2", "5k", "4, 6"] and len(rows) == 1
-    with pytest.raises(SystemExit, match="some seeds of ddpg_continuous on Hopper-v4 are there twice"):
+    with pytest.raises(SystemExit, match="some seeds of ddpg_continuous on Hopper-v4 appear twice"):
         print_table(capsys, "data", "more", "data")
 
 
@@ -286,14 +286,14 @@ def test_committed_figures_and_tables_come_from_the_committed_data(capsys):
         assert line in readme, f"results/README.md lacks {line!r}: paste the output of utils/table.py"
     more = print_table(capsys, DATA, MORE_DATA, last_step=235_000)
     lines = [line for task in ("HalfCheetah-v4", "Walker2d-v4") for line in re.findall(rf"### {task}\n\n((?:\|.*\n)+)", more)]
+    assert len(lines) == 2
     for line in "".join(lines).splitlines():
         assert "1000k" in line or line in readme, f"results/README.md lacks {line!r}"
 
 
 def test_committed_data_name_their_versions():
-    paths = glob.glob(os.path.join(DATA, "*.json"))
-    assert paths
-    paths += glob.glob(os.path.join(MORE_DATA, "*.json"))
+    paths = glob.glob(os.path.join(DATA + "*", "*.json"))
+    assert {os.path.dirname(path) for path in paths} == {DATA, MORE_DATA}
     for path in paths:
         with open(path) as file:
             provenance = json.load(file)["provenance"]

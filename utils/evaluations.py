@@ -68,7 +68,7 @@ def read_data(*folders, last_step=np.inf):
             runs.sort(key=lambda run: run.config["seed"])
             seeds = [run.config["seed"] for run in runs]
             if len(set(seeds)) < len(seeds):
-                sys.exit(f"{', '.join(folders)}: some seeds of {script} on {task} are there twice")
+                sys.exit(f"{', '.join(folders)}: some seeds of {script} on {task} appear twice")
             for key in sorted(set().union(*[run.config for run in runs]) - MAY_DIFFER):
                 values = sorted({str(run.config.get(key)) for run in runs})
                 if len(values) > 1:
