@@ -8,7 +8,7 @@
 #   ./benchmark.sh --eval-episodes 5    pass any other flag to the scripts
 #   ./benchmark.sh --slurm --partition=cpu --time=24:00:00
 #                                       submit the cells as a Slurm job array; flags after --slurm go to sbatch
-#   ./benchmark.sh --dry-run            print the commands; before --slurm, print the sbatch command
+#   ./benchmark.sh --dry-run            print the commands; put it before --slurm to print the sbatch command
 #   ./benchmark.sh --status             show finished, running, failed and waiting cells, last returns, and the time left, not
 #                                       counting evaluations
 #   ./benchmark.sh --figures            draw the figures and write the table from all data so far
@@ -161,7 +161,7 @@ run_cell() {
   local name log lock size steps code=0
   name=$(name_of "$@") log=$runs/$name.log
   exec {lock}>>"$log"
-  flock --nonblock --conflict-exit-code 75 "$lock" || code=$?
+  flock --timeout 1 --conflict-exit-code 75 "$lock" || code=$? # --status holds the lock for an instant
   ((code != 75)) || { exec {lock}>&- && echo "$*: already running" && return; }
   ((code == 0)) || { echo "$*: cannot lock $log; RUNS must be on a file system that supports flock" >&2 && return "$code"; }
   command_of "$@"

@@ -228,6 +228,16 @@ def test_default_cells():
     assert scripts == ["smoothie_continuous.py", "smoothie_no_kl.py", "smoothie_closed_form.py", "ddpg_continuous.py"]
 
 
+def test_settings_of_the_task_and_the_script_come_before_those_of_the_caller():
+    lines = benchmark("--dry-run", "--gamma", "0.9", ENVS="Ant-v4", SCRIPTS="smoothie_continuous ddpg_continuous").stdout
+    smoothie, ddpg = map(shlex.split, lines.splitlines())
+    for words in (smoothie, ddpg):
+        assert words[words.index("--checkpoint-frequency") + 1] == "10000"
+        assert words[words.index("--tau") + 1] == "0.001" and words[-2:] == ["--gamma", "0.9"]
+    assert smoothie[smoothie.index("--kl-coef") + 1] == "1e-4" and smoothie[smoothie.index("--policy-lr") + 1] == "3e-5"
+    assert "--kl-coef" not in ddpg and ddpg[ddpg.index("--policy-lr") + 1] == "1e-5"
+
+
 def test_bad_settings_are_refused():
     assert benchmark(SCRIPTS="ppo").stderr == f"SCRIPTS: {ROOT} has no ppo.py\n"
     for setting in ({"TOTAL_TIMESTEPS": "1e6"}, {"SEEDS": "1 02"}, {"WORKERS": "two"}):
