@@ -214,6 +214,14 @@ def test_a_changed_critic_needs_a_changed_closed_form(script, monkeypatch):
     assert not os.path.exists("runs")
 
 
+def test_a_wrong_gaussian_average_is_noticed(monkeypatch):
+    """Values and derivatives that agree with each other, but belong to another covariance."""
+    smoothed = smoothie_closed_form.QNetwork.smoothed
+    monkeypatch.setattr(smoothie_closed_form.QNetwork, "smoothed", lambda qf, s, a, log_var: smoothed(qf, s, a, 2 * log_var))
+    with pytest.raises(SystemExit, match=r"^QNetwork: smoothed must return the Gaussian average"):
+        run(smoothie_closed_form)
+
+
 def wandb_records(path):
     """Yield the records of a .wandb file: after 7 bytes of header, a LevelDB log of blocks of 32 KiB."""
     with open(path, "rb") as file:
