@@ -27,6 +27,8 @@ class Trained:
                 self.batches = []
                 with torch.no_grad():
                     self.actor.fc_mean.bias += 0.5  # another policy than the target's
+                    if hasattr(self.actor, "log_var"):
+                        self.actor.log_var -= torch.tensor([0.5, 1.0])  # and another than at the start
 
             def update(self, observations, batch):
                 self.batches.append((observations, batch))
@@ -54,7 +56,7 @@ class Trained:
 
 @pytest.fixture(scope="session")
 def trained(script, tmp_path_factory):
-    wide = {"ou_sigma": 1.0} if script is ddpg_continuous else {"log_var_init": -0.1}
+    wide = {"ou_sigma": 1.0} if script is ddpg_continuous else {"log_var_init": 0.0}
     return Trained(script, tmp_path_factory.mktemp(script.__name__), **wide)
 
 
@@ -121,10 +123,13 @@ def test_policy_and_critic_learn_from_batches_of_their_own(trained):
 
 
 def test_smoothie_explores_with_independent_noise_of_standard_deviation_e_to_half_phi(smoothie, tmp_path):
-    """Around the mean of the actor, not of its target."""
-    trained = Trained(smoothie, tmp_path, log_var_init=-2.0)
+    """Mean and phi are those of the actor now, not of its target or of the start."""
+    trained = Trained(smoothie, tmp_path, log_var_init=-1.5)
     noise = (trained.actions - trained.mean_action(trained.obs))[WARM_UP:]
-    assert noise.std(0) == pytest.approx(math.exp(-1.0), rel=0.12)
+    std = [math.exp(-1.0), math.exp(-1.25)]
+    assert noise.std(0) == pytest.approx(std, rel=0.12)
+    logged = scalars(trained.run_dir)
+    assert [logged[f"policy/std_{i}"][-1][1] for i in range(2)] == pytest.approx(std, rel=1e-6)
     assert np.abs(noise.mean(0)).max() < 0.06
     assert abs(np.corrcoef(noise.T)[0, 1]) < 0.2
     for i in range(2):
@@ -150,7 +155,7 @@ def test_evaluation_runs_the_mean_action_on_seeds_of_its_own(trained):
     expected = (high + low) / 2 + (high - low) / 2 * trained.mean_action(trained.evaluation.seen)
     np.testing.assert_allclose(trained.evaluation.received, expected, rtol=0, atol=1e-6)
     seeds = trained.evaluation.seeds
-    assert len(set(seeds[:3])) == 3, "each episode is another"
+    assert seeds[:3] == [10_001, 10_002, 10_003], "each episode is another, and a neighbouring run shares all but one"
     assert seeds == 4 * seeds[:3], "each evaluation plays the same episodes"
     assert not set(seeds) & set(trained.training.seeds)
     assert len(set(trained.training.seeds)) == len(trained.training.seeds) == 1 + STEPS // 6

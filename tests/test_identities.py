@@ -174,14 +174,17 @@ def test_update_policy_follows_algorithm_1(float64):
     assert (expected_phi - phi).abs().min() > 1e-4
 
 
-def test_sigma_stops_at_half_the_range_and_comes_back(float64, monkeypatch):
+def test_sigma_stops_at_half_the_range_and_comes_back(float64, monkeypatch, smoothie):
     """Where the values are convex phi grows up to 0 and no further; once they are concave it falls as if never held."""
-    agent = smoothie_continuous.Smoothie(OBS_DIM, ACTION_DIM, smoothie_continuous.Args(log_var_lr=0.1))
+    agent = smoothie.Smoothie(OBS_DIM, ACTION_DIM, smoothie.Args(log_var_lr=0.1))
     observations, phi = torch.randn(BATCH, OBS_DIM), agent.actor.log_var
+    in_closed_form = hasattr(agent.qf, "smoothed")
 
     def learn(curvature):
         hessian = torch.full((BATCH, ACTION_DIM), curvature)
-        monkeypatch.setattr(agent.qf, "action_derivatives", lambda *_: (torch.zeros_like(hessian), hessian))
+        derivatives = (torch.zeros_like(hessian), hessian)
+        found = (torch.zeros(BATCH), *derivatives) if in_closed_form else derivatives
+        monkeypatch.setattr(agent.qf, "smoothed" if in_closed_form else "action_derivatives", lambda *_: found)
         agent.update_policy(observations)
 
     for _ in range(100):

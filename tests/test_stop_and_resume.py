@@ -418,6 +418,7 @@ def test_config_tells_what_made_the_run(run_dir):
     config["provenance"] = [made_by | {"torch": "1.0.0"}]
     Path(run_dir, "config.json").write_text(json.dumps(config))
     assert command_line(smoothie_continuous, resume=run_dir, total_timesteps=151, threads=2).returncode == 0
+    assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
     config = json.loads(Path(run_dir, "config.json").read_text())
     assert config["provenance"] == [made_by | {"torch": "1.0.0"}, made_by]

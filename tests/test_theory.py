@@ -162,6 +162,18 @@ def test_closed_form_follows_the_flow_where_dpg_stays():
     assert np.abs(dpg[-1, :, 0] + 1).max() < 0.2 and (dpg[:, :, 1] == 1).all()
 
 
+def test_the_row_of_a_method():
+    """Three seeds that stand still: one at the better bump, one at the worse, one too wide."""
+    still = torch.tensor([[0.9, 0.2], [-1.0, 0.3], [1.1, 20.0]])
+    path, flow = still.expand(30, -1, -1).numpy(), np.tile([0.9, 0.3], (30, 1))
+    row = bandit.summarise(bandit.Args(learning_starts=10), path, flow)
+    best = bandit.reward(torch.tensor(bandit.MODES[1])).item()
+    values = [bandit.smoothed_reward(mean, std)[0].item() for mean, std in still]
+    means = [bandit.reward(mean).item() for mean, _ in still]
+    assert row[:2] == ("1/3", "0.90, 0.30")
+    assert row[2:] == pytest.approx([best - np.median(values), best - np.median(means), 1.9], abs=1e-5)
+
+
 # theory/weights.py: full covariance, and importance weights
 
 
@@ -258,6 +270,32 @@ def test_effective_sample_size():
         first, second = scale * end + cap * math.exp(-end), scale**2 * (math.exp(end) - 1) + cap**2 * math.exp(-end)
         found = weights.effective_samples(weights.Args(max_weight=cap), weights.weights)
         assert found == pytest.approx(first**2 / second, rel=0.02)
+
+
+def test_errors_of_the_table_are_relative():
+    """Of the exact values there is none; those times 1.1 are wrong by 10% of the values, the gradient and the Hessian."""
+
+    def f(a):
+        return weights.smoothed_reward(a, weights.COVARIANCE)
+
+    def exact(a):
+        flat = a.reshape(-1, 2)
+        gradient, hessian = torch.vmap(torch.func.grad(f))(flat), torch.vmap(torch.func.hessian(f))(flat)
+        return f(a), gradient.view(*a.shape), hessian.view(*a.shape, 2)
+
+    args = weights.Args(runs=1)
+    assert weights.errors(args, exact) == pytest.approx([0, 0, 0], abs=1e-5)
+    torch.manual_seed(0)
+    values = f(torch.distributions.MultivariateNormal(weights.MEAN, weights.COVARIANCE).sample((20_000,)))
+    found = weights.errors(args, lambda a: [1.1 * x for x in exact(a)])
+    assert found[0] == pytest.approx(0.1 * values.square().mean().sqrt().item() / values.std().item(), rel=0.1)
+    assert found[1:] == pytest.approx([0.1, 0.1], abs=1e-5)
+
+
+def test_closed_form_learns_the_smoothed_derivatives_with_a_full_covariance():
+    args = weights.Args(runs=2, actions=3_000, updates=600, noise=0.0)
+    _, gradient, hessian = weights.errors(args, weights.train(args, *weights.METHODS["closed form, GELU"]))
+    assert gradient < 0.05 and hessian < 0.05
 
 
 # theory/derivatives.py: derivative Bellman equations and compatible critics

@@ -91,7 +91,7 @@ def interquartile_mean(values, axis=0):
 def bootstrap_interval(values, resamples=2_000):
     """Return the ends of the 95% percentile bootstrap interval of the interquartile mean along axis 0.
 
-    With fewer than five values it would hold the truth far less often than 95% of the time, so the ends are nan.
+    With five or six values it holds the truth about 90% of the time, with fewer even less often: then the ends are nan.
     """
     if len(values) < 5:
         return np.full(np.shape(values)[1:], np.nan), np.full(np.shape(values)[1:], np.nan)

@@ -5,9 +5,9 @@
 Figure 3 compares Smoothie with DDPG, Figure 4 compares it with and without the KL penalty. Each has a panel for every task
 that has data for it. Other scripts in the data are added to Figure 3.
 
-figure_3.png and figure_4.png show the mean over seeds and its standard deviation, clipped to the seeds' minimum and maximum,
+figure_3.png and figure_4.png show the mean and the standard deviation over seeds, clipped to the seeds' minimum and maximum,
 as in the paper. figure_3_iqm.png and figure_4_iqm.png show the interquartile mean, a thin line for each seed and,
-from five seeds on, a 95% bootstrap interval. Bold lines end with the shortest run.
+from five seeds on, a 95% bootstrap interval (about 90% with five or six seeds). Bold lines end with the shortest run.
 """
 
 import math
