@@ -144,6 +144,23 @@ def test_a_cell_never_runs_twice_at_once_and_fails_if_somebody_else_stops_it():
     assert list(states(**settings).values()) == [FAILED] and len(glob.glob("out/runs/*")) == 1
 
 
+def test_a_lock_held_for_an_instant_does_not_keep_a_cell_from_running():
+    """As --status holds it. A cell that ends without a step, which /bin/true does, has run and failed."""
+    args, env = command(**HOPPER, PYTHON=NO_PYTHON)
+    os.mkdir("out")
+    with open("out/Hopper-v4__ddpg_continuous__1.log", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        process = subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        wait_for(lambda: waits_for_a_lock() or process.poll() is not None, "the cell to reach the lock")
+    stdout, stderr = process.communicate()
+    assert "already running" not in stdout and "ddpg_continuous 1: exit code 0 after 0 steps" in stderr
+
+
+def waits_for_a_lock():
+    """Whether a process waits for a file's lock, as /proc/locks shows by an arrow."""
+    return " -> FLOCK" in pathlib.Path("/proc/locks").read_text()
+
+
 LONG = ["--no-such-flag", "--a-flag-that-fills-the-line-of-the-box", "--another-flag-that-does-not-fit"]
 
 

@@ -273,7 +273,7 @@ def test_effective_sample_size():
 
 
 def test_errors_of_the_table_are_relative():
-    """Of the exact values there is none; those times 1.1 are wrong by 10% of the values, the gradient and the Hessian."""
+    """The exact values have none. Times 1.1 they are wrong by 10% of the value, the gradient and the Hessian."""
 
     def f(a):
         return weights.smoothed_reward(a, weights.COVARIANCE)
