@@ -26,6 +26,7 @@ from tests.conftest import ROOT, run
 
 DATA = os.path.join(ROOT, "results", "data")
 MORE_DATA = os.path.join(ROOT, "results", "data_more_seeds")
+LONG_DATA = os.path.join(ROOT, "results", "data_million")
 
 
 def collect_runs(*run_dirs, output="data"):
@@ -285,7 +286,7 @@ def test_committed_figures_and_tables_come_from_the_committed_data(capsys):
         assert filecmp.cmp(path, os.path.join(ROOT, "results", os.path.basename(path)), shallow=False), f"{path} is out of date"
     with open(os.path.join(ROOT, "results", "README.md")) as file:
         readme = file.read().splitlines()
-    for line in print_table(capsys, DATA).splitlines():
+    for line in (print_table(capsys, DATA) + print_table(capsys, LONG_DATA)).splitlines():
         assert line in readme, f"results/README.md lacks {line!r}: paste the output of utils/table.py"
     more = print_table(capsys, DATA, MORE_DATA, last_step=235_000)
     lines = [line for task in ("HalfCheetah-v4", "Walker2d-v4") for line in re.findall(rf"### {task}\n\n((?:\|.*\n)+)", more)]
@@ -296,7 +297,7 @@ def test_committed_figures_and_tables_come_from_the_committed_data(capsys):
 
 def test_committed_data_name_their_versions():
     paths = glob.glob(os.path.join(DATA + "*", "*.json"))
-    assert {os.path.dirname(path) for path in paths} == {DATA, MORE_DATA}
+    assert {os.path.dirname(path) for path in paths} == {DATA, MORE_DATA, LONG_DATA}
     for path in paths:
         with open(path) as file:
             provenance = json.load(file)["provenance"]
