@@ -367,6 +367,23 @@ def test_each_estimator_of_the_table_is_right_on_average_and_the_critics_vary_le
     assert small["antithetic, baseline"] < 0.75 * small["plain"]
 
 
+def test_the_table_of_estimators_has_their_spread_and_bias(capsys):
+    """The spread of the plain equations by quadrature. An average over the runs still differs by spread / sqrt(runs)."""
+    args, covariance = derivatives.Args(), 0.01 * derivatives.COVARIANCE.double()
+    derivatives.main(args)
+    table = {row.split("|")[1].strip(): row.split("|")[-3:-1] for row in capsys.readouterr().out.splitlines()[2:]}
+    nodes, w = gauss_hermite(20, 2)
+    d, mean = nodes @ torch.linalg.cholesky(covariance).T, derivatives.MEAN.double()
+    second_moment = derivatives.smoothed_reward(mean + d, 0 * covariance) ** 2 + args.noise**2
+    exact = torch.func.grad(derivatives.smoothed_reward), torch.func.hessian(derivatives.smoothed_reward)
+    for cell, factor, function in zip(table["plain"], derivatives.factors(d, covariance), exact, strict=True):
+        norm = function(mean, covariance).norm()
+        spread = ((w @ (factor.flatten(1).square().sum(1) * second_moment) / norm**2 - 1) / args.actions).sqrt().item()
+        std, bias = map(float, re.fullmatch(r" ([\d.]+) \(([\d.]+)\) ", cell).groups())
+        assert std == pytest.approx(spread, rel=0.06)
+        assert 0.2 < bias / (spread / math.sqrt(args.runs)) < 3
+
+
 def test_compatible_critic_recovers_a_quadratic_and_averages_any_other(float64):
     """With d ~ N(0, Sigma), least squares on 1, d and d d^T gives the average gradient and Hessian (Stein's lemma)."""
     covariance = derivatives.COVARIANCE.double()
@@ -567,6 +584,23 @@ def test_closed_form_follows_the_exact_flow_of_the_regulator():
     assert np.abs(flow_K[-1]).max() > 0.4 and np.abs(flow_L[-1] - flow_L[0]).max() > 0.2
     assert np.abs(K - flow_K[:, None]).max() < 0.05
     assert np.abs(L - flow_L[:, None]).max() < 0.02
+
+
+def test_the_table_of_the_regulator_has_the_distances_from_the_best_gain_and_from_the_flow(capsys, monkeypatch):
+    """A policy that stands still halfway to the best gain, with critics of twice the exact Q~."""
+    args = lqr.Args(output="l.png", seeds=2, updates=1_000, learning_starts=200, batch_size=16, gain_lr=0.0, factor_lr=1e-3)
+    monkeypatch.setattr(lqr, "GAIN_INIT", lqr.best_gain() / 2)
+    covariance = lqr.FACTOR_INIT @ lqr.FACTOR_INIT.T
+    H, q = lqr.smoothed_action_value(lqr.GAIN_INIT, covariance)
+    w = 2 * np.append((H * (2 - np.eye(4)))[lqr.ROWS, lqr.COLUMNS], q)
+    monkeypatch.setattr(lqr, "METHODS", {"still": (lambda args, b, qf: np.tile(w, (2, 1)), 1, False, False, "black")})
+    lqr.main(args)
+    cells = [float(cell.strip(" %")) for cell in capsys.readouterr().out.splitlines()[2].split("|")[3:-1]]
+    step = np.eye(2) + 2 * args.factor_lr * H[2:, 2:]  # of the flow's factor; H does not depend on the covariance
+    steps = np.maximum(np.arange(args.updates) - args.learning_starts, 0)
+    factors = [np.linalg.matrix_power(step, n) @ lqr.FACTOR_INIT for n in steps]
+    distance = np.mean([np.linalg.norm(L @ L.T - covariance) for L in factors]) / np.linalg.norm(covariance)
+    assert cells == [2.0, 2.0, 50.0, pytest.approx(100 * distance, abs=0.06)] and distance > 0.1
 
 
 def test_the_exact_flow_climbs_the_return():
