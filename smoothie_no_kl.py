@@ -104,7 +104,7 @@ def make_env(env_id, render_mode=None):
         if not box or (space.low == space.high).any() or not states.is_np_flattenable:
             raise ValueError(f"needs a 1-D Box of bounded real actions and observations of a fixed size, not {space}, {states}")
         env = gym.wrappers.TransformAction(env, lambda action: np.clip(action, space.low, space.high), space)
-        env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), np.float32(-1), np.float32(1))
+        env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), *np.array([-1, 1], space.dtype))
         return gym.wrappers.RecordEpisodeStatistics(env)
     except (gym.error.Error, ImportError, NotImplementedError, ValueError) as error:
         sys.exit(f"--env-id {env_id}: {' '.join(str(error).split())}")

@@ -95,6 +95,7 @@ def test_dict_observations_are_flattened(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["Strict", "StrictDouble"])
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # numpy's, about bounds in another precision than the action space's
 def test_actions_belong_to_the_action_space(kind):
     """While exploring and while evaluating, by their type and by their bounds."""
     flags = {"total_timesteps": 130, "log_var_init": 0.0}
