@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train every script on every task with every seed. One script, task and seed make a cell. Finished cells are skipped;
+# Run every script on every task with every seed. One script, task and seed make a cell. Finished cells are skipped;
 # interrupted ones resume from their checkpoint. If a cell fails, the others go on and the failure is reported at the end.
 # Ctrl-C stops everything after each run has written a checkpoint.
 #

@@ -85,7 +85,7 @@ class Args:
 
 
 def check(args):
-    """Exit with one sentence if a flag is out of range or NaN."""
+    """Exit with an error message if a flag is out of range or NaN."""
     limits = {"seed": (0, 2**31), "gamma": (0, 1), "tau": (1e-9, 1), "log_var_init": (-20, 0)}
     for name, value in asdict(args).items():
         low, high = limits.get(name, (1 if type(value) is int and name != "checkpoint_frequency" else 0, math.inf))

@@ -249,7 +249,7 @@ def plot(paths, flow, rows, output):
 
 
 def check(args):
-    """Exit with one sentence if a flag is out of range or NaN, or if the picture cannot be written."""
+    """Exit with an error message if a flag is out of range or NaN, or if the picture cannot be written."""
     limits = {"seed": (0, 2**31), "learning_starts": (0, args.total_timesteps - 1), "samples": (1, args.batch_size)}
     for name, value in asdict(args).items():
         low, high = limits.get(name, (1 if type(value) is int else 0, 1e9))

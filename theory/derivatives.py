@@ -135,7 +135,7 @@ def estimates(args, covariance):
 
 
 def check(args):
-    """Exit with one sentence if a flag is out of range or NaN."""
+    """Exit with an error message if a flag is out of range or NaN."""
     for name, value in asdict(args).items():
         low, high = (0, 2**31) if name == "seed" else (2 if type(value) is int else 0, math.inf)
         if not low <= value <= high:

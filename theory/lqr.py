@@ -227,8 +227,8 @@ def train(args, update_critics, count, uniform, learn_covariance):
 
 
 def compare(args, path):
-    """Return the error of Q~_w (updates / 25, seeds), the root mean square at s ~ N(0, S), a ~ pi(.|s) over the deviation of Q~
-    there, and (2, seeds) the learned gradient and Hessian as multiples of the exact ones, before the policy moves."""
+    """Return the error of Q~_w (updates / 25, seeds), the root mean square at s ~ N(0, S), a ~ pi(.|s) divided by the deviation
+    of Q~ there, and the learned gradient and Hessian as multiples of the exact ones before the policy moves (2, seeds)."""
     rng = np.random.default_rng(0)
     s, noise = rng.standard_normal((256, 2)) @ np.linalg.cholesky(S).T, rng.standard_normal((256, 2))
     error, multiples = np.empty((len(path[0][::EVERY]), args.seeds)), np.empty((2, args.seeds))
@@ -260,7 +260,7 @@ def plot(curves, args):
 
 
 def check(args):
-    """Exit with one sentence if a flag is out of range or NaN, or if the picture cannot be written."""
+    """Exit with an error message if a flag is out of range or NaN, or if the picture cannot be written."""
     limits = {"seed": (0, 2**31), "learning_starts": (0, args.updates - 1), "forgetting": (1e-9, 1), "tau": (1e-9, 1)}
     for name, value in asdict(args).items():
         low, high = limits.get(name, (1 if type(value) is int else 0, 1e9))

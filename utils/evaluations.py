@@ -33,7 +33,7 @@ class Run:
 
 
 def read_run(csv_path, config_path):
-    """Return a Run, or exit with a sentence."""
+    """Return a Run, or exit with an error message."""
     try:
         with open(config_path) as file:
             config = json.load(file)
@@ -53,7 +53,7 @@ def in_order(names, known):
 
 
 def read_data(*folders, last_step=np.inf):
-    """Return {task: {script: [Run of each seed]}}, everything in order and up to last_step, or exit with a sentence."""
+    """Return {task: {script: [Run of each seed]}}, everything in order and up to last_step, or exit with an error message."""
     data = defaultdict(lambda: defaultdict(list))
     for folder in folders:
         paths = glob.glob(os.path.join(glob.escape(folder), "*.csv"))
@@ -91,7 +91,8 @@ def interquartile_mean(values, axis=0):
 def bootstrap_interval(values, resamples=2_000):
     """Return the ends of the 95% percentile bootstrap interval of the interquartile mean along axis 0.
 
-    With five or six values it holds the truth about 90% of the time, with fewer even less often: then the ends are nan.
+    With five or six values it covers the true value about 90% of the time. With fewer it covers it even less often, so the
+    ends are nan.
     """
     if len(values) < 5:
         return np.full(np.shape(values)[1:], np.nan), np.full(np.shape(values)[1:], np.nan)

@@ -34,7 +34,7 @@ class Args:
 
 
 def load(run_dir):
-    """Return the flags of a run, its environment, its agent and the step of its checkpoint, or exit with a sentence."""
+    """Return the flags of a run, its environment, its agent and the step of its checkpoint, or exit with an error message."""
     try:
         with open(os.path.join(run_dir, "config.json")) as file:
             config = json.load(file)
