@@ -90,7 +90,7 @@ def check(args):
         if type(value) in (int, float) and not low <= value <= high:
             sys.exit(f"--{name.replace('_', '-')} {value}: must lie between {low:g} and {high:g}")
     if args.batch_size > (rows := min(args.learning_starts, args.buffer_size)):
-        sys.exit(f"--batch-size {args.batch_size}: the replay buffer holds only {rows} transitions when learning starts")
+        sys.exit(f"--batch-size {args.batch_size}: the replay buffer holds only {rows} transitions before learning starts")
     if args.learning_starts >= args.total_timesteps:
         sys.exit(f"--learning-starts {args.learning_starts}: nothing is learned in --total-timesteps {args.total_timesteps}")
 
@@ -205,7 +205,7 @@ class Smoothie(nn.Module):
         self.target_actor, self.target_qf = (copy.deepcopy(net).requires_grad_(False) for net in (self.actor, self.qf))
         self.theta, self.w = [p for p in self.actor.parameters() if p is not self.actor.log_var], list(self.qf.parameters())
         self.actor_optimizer, self.q_optimizer = Adam(self.theta, args.policy_lr), Adam(self.w, args.q_lr)
-        self.register_buffer("value_scale", torch.ones(()))  # running mean of |target|
+        self.register_buffer("value_scale", torch.ones(()))  # running mean of |target|, at rate tau
 
     def update(self, observations, batch):
         """One update of Algorithm 1: the policy on one batch, the critic on another, the targets. Return what to log."""
@@ -261,17 +261,17 @@ def compile_update(update, device):
 
 def evaluate(actor, env, args, video):
     """Return [undiscounted return, length] of each episode of the mean action, or None if a signal interrupts."""
-    results, film = [], args.capture_video and imageio.get_writer(video, fps=env.metadata["render_fps"], macro_block_size=2)
+    rows, mp4 = [], args.capture_video and imageio.get_writer(video, fps=env.metadata.get("render_fps", 30), macro_block_size=2)
     for episode in range(args.eval_episodes):
         obs, info = env.reset(seed=10_000 + args.seed + episode)
         while "episode" not in info:  # RecordEpisodeStatistics puts it into the last step's
-            if film and episode == 0:
-                film.append_data(env.render())
+            if mp4 and episode == 0:
+                mp4.append_data(env.render())
             obs, *_, info = env.step(actor.mean_action(obs))
             if signals:
                 return None
-        results.append([float(info["episode"]["r"]), info["episode"]["l"]])
-    return results
+        rows.append([float(info["episode"]["r"]), info["episode"]["l"]])
+    return rows
 
 
 def write(path, content):
@@ -350,7 +350,7 @@ def main(args):
 
         name = run_dir.resolve().name  # also the id, so that a resumed run continues there
         wandb.init(project=args.wandb_project_name, name=name, id=name, resume="allow", config=config, sync_tensorboard=True)
-    writer = SummaryWriter(run_dir, purge_step=start + bool(evaluations))
+    writer = SummaryWriter(run_dir, purge_step=start + bool(evaluations))  # hides what a killed run logged after its checkpoint
     print(f"run folder: {run_dir}, replay buffer: up to {buffer.rows.nbytes / 1e6:,.1f} MB")
     clock, speed, update = time.time(), "", None
     for step in tqdm(range(start, args.total_timesteps + 1), initial=start, total=args.total_timesteps + 1, disable=None):

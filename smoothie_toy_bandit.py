@@ -83,10 +83,8 @@ def gradient_flow(args):
     for step in range(args.total_timesteps):
         if step >= args.learning_starts:
             _, gradient, hessian = smoothed_reward(mean, math.exp(0.5 * log_var))
-            mean, log_var = (
-                mean + args.policy_lr * gradient,
-                log_var + args.log_var_lr * 0.5 * hessian * math.exp(log_var),
-            )
+            mean += args.policy_lr * gradient
+            log_var += args.log_var_lr * 0.5 * hessian * math.exp(log_var)
         path.append((mean, math.exp(0.5 * log_var)))
     return np.array(path)
 

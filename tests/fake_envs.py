@@ -70,6 +70,19 @@ class StrictDouble(Strict):
     action_space = gym.spaces.Box(np.array([-3.0, 0.1]), np.array([1.7, 0.4]), dtype=np.float64)
 
 
+class Filmed(Recorder):
+    """Can be filmed, but does not say how many frames make a second."""
+
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
+
+    def __init__(self, render_mode=None):
+        super().__init__()
+        self.render_mode = render_mode
+
+    def render(self):
+        return np.full((32, 48, 3), 40 * self.step_in_episode, np.uint8)
+
+
 class Discrete(Recorder):
     action_space = gym.spaces.Discrete(3)
 
@@ -192,7 +205,7 @@ gym.register("Forgetful-v0", entry_point=Forgetful, max_episode_steps=40)
 gym.register("Alarm-v0", entry_point=Alarm, max_episode_steps=40)
 gym.register("Stuck-v0", entry_point=Stuck)
 gym.register("Recorder-v0", entry_point=Recorder, max_episode_steps=7)
-for kind in (InPlace, Strict, StrictDouble, Dict, RandomState):
+for kind in (InPlace, Strict, StrictDouble, Filmed, Dict, RandomState):
     gym.register(f"{kind.__name__}-v0", entry_point=kind, max_episode_steps=7)
 for kind in (Sequence, Discrete, Unbounded, Square, Scalar, IntegerActions, FixedAction):  # which the scripts refuse
     gym.register(f"{kind.__name__}-v0", entry_point=kind, max_episode_steps=7)

@@ -12,7 +12,7 @@ import ddpg_continuous
 import smoothie_closed_form
 import smoothie_continuous
 import smoothie_no_kl
-from tests.conftest import ROOT, SCRIPTS, SHORT, start
+from tests.conftest import ROOT, SCRIPTS, SHORT, run, start
 
 
 def test_a_copied_script_runs_on_a_module_in_the_current_folder(finished):
@@ -78,3 +78,11 @@ def test_videos_show_something_that_moves():
         assert frames.shape == (length, 480, 480, 3), "one frame for each step"
         assert frames.std((1, 2, 3)).min() > 10, "no frame is blank"
         assert np.abs(frames.astype(float) - frames[0]).mean((1, 2, 3)).max() > 1.0, "and they are not all alike"
+
+
+def test_a_task_without_render_fps_is_filmed():
+    import imageio.v3 as iio
+
+    run_dir = run(smoothie_continuous, env_id="tests.fake_envs:Filmed-v0", total_timesteps=101, capture_video=True)
+    film = iio.imread(run_dir / "step_0.mp4").mean((1, 2, 3))
+    np.testing.assert_allclose(film, 40 * np.arange(5), atol=3)
