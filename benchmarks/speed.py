@@ -1,4 +1,4 @@
-"""Steps a second of our scripts and of Stable-Baselines3's and SBX's DDPG on the same work, measured in one call.
+"""Steps a second of our scripts and of the DDPG of CleanRL, Stable-Baselines3 and SBX on the same work, measured in one call.
 
 Every contestant trains in its own process: one environment, one update a step, networks of 400 and 300 units, a million
 transitions of replay. All of them start and warm up (random steps, compilation) at once, on separate cores if there are enough.
@@ -10,7 +10,8 @@ environment with random actions. On a CPU no program does this work faster with 
 can, as the floor launches each product separately. With --cuda, SBX needs JAX for the GPU: pip install "jax[cuda13]".
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/speed.py --env-id Walker2d-v4 --output benchmarks/speed.md
+    git clone https://github.com/vwxyzjn/cleanrl
+    python benchmarks/speed.py --cleanrl cleanrl --env-id Walker2d-v4 --output benchmarks/speed.md
     python benchmarks/speed.py --cuda --repetitions 5 --output benchmarks/speed_cuda.md
     python benchmarks/speed.py --sweep --repetitions 3 --steps 200 --output benchmarks/cost.md
 """
@@ -23,6 +24,7 @@ import os
 import platform
 import re
 import resource
+import runpy
 import statistics
 import subprocess
 import sys
@@ -35,6 +37,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPTS = ("smoothie_continuous", "smoothie_no_kl", "smoothie_closed_form", "ddpg_continuous")
 CONTESTANTS = {
     **{f"{script}.py{flag}": (script, not flag) for script in SCRIPTS for flag in ("", " --no-compile")},
+    "CleanRL DDPG": ("cleanrl", False),
     "Stable-Baselines3 DDPG": ("stable_baselines3", False),
     "SBX DDPG (JAX)": ("sbx", False),
     "floor: matrix products and environment alone": ("floor", False),
@@ -56,6 +59,8 @@ class Args:
     """environment steps in a window"""
     cuda: bool = False
     """train on the GPU"""
+    cleanrl: str | None = None
+    """a clone of CleanRL, to compare with its DDPG; with gymnasium 1 that fails at a time limit, so not on HalfCheetah"""
     sweep: bool = False
     """instead of the peers, compare smoothie_continuous.py over batch sizes, tasks and threads"""
     output: str | None = None
@@ -71,7 +76,7 @@ def peak_memory():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def paced(env, first, steps):
+def paced(env, first, steps, count_resets=False):
     """Return env that, at step `first` and every `steps` after it, prints the seconds since it went on and waits for a line."""
     import gymnasium
 
@@ -88,6 +93,10 @@ def paced(env, first, steps):
                 self.start = time.perf_counter()
             self.count += 1
             return super().step(action)
+
+        def reset(self, **kwargs):
+            self.count += count_resets
+            return super().reset(**kwargs)
 
     return Paced(env)
 
@@ -167,6 +176,24 @@ def contestant(module, compile, args):
                     torch.mm(a, b, out=out)
                 if args.cuda:
                     torch.cuda.synchronize()  # the scripts wait for each action
+    elif module == "cleanrl":
+        path = os.path.join(args.cleanrl, "cleanrl", "ddpg_continuous_action.py")
+        with open(path) as file:
+            source = file.read()
+        for old, new in [("Linear(256, 256)", "Linear(400, 300)"), ("Linear(256, ", "Linear(300, "), (", 256)", ", 400)")]:
+            if source.count(old) != 2:  # once in the actor, once in the critic
+                sys.exit(f"{path}: expected two layers {old}")
+            source = source.replace(old, new)
+        make = gym.make
+        # gymnasium's vector environment spends one step of the loop on each reset, in which CleanRL updates, too
+        gym.make = lambda env_id: paced(make(env_id), **pace, count_resets=True)
+        with open("ddpg_continuous_action.py", "w") as file:  # in the contestant's own folder
+            file.write(source)
+        sys.path.insert(0, args.cleanrl)
+        flags = {"env-id": args.env_id, "batch-size": args.batch_size, "learning-starts": learning_starts}
+        flags |= {"policy-frequency": 1, "total-timesteps": 10**9}
+        sys.argv = [file.name, *[f"--{name}={value}" for name, value in flags.items()], *([] if args.cuda else ["--no-cuda"])]
+        runpy.run_path(file.name, run_name="__main__")
     else:
         if module == "sbx" and args.cuda and importlib.import_module("jax").default_backend() != "gpu":
             sys.exit('JAX finds no GPU: pip install "jax[cuda13]"')
@@ -266,15 +293,19 @@ def machine(args):
 
 def table(args):
     """The table against the peers, as Markdown."""
-    results = measure(list(CONTESTANTS), args)
+    results = measure([name for name in CONTESTANTS if args.cleanrl or name != "CleanRL DDPG"], args)
     rates = {name: statistics.median(values) for name, (values, _) in results.items()}
-    sb3, sbx, floor = "Stable-Baselines3 DDPG", "SBX DDPG (JAX)", "floor: matrix products and environment alone"
+    peers = {"CleanRL": "CleanRL DDPG"} if args.cleanrl else {}
+    peers |= {"SB3": "Stable-Baselines3 DDPG", "SBX": "SBX DDPG (JAX)"}
+    floor = "floor: matrix products and environment alone"
     lines = [
         f"`{args.env_id}`, batch {args.batch_size}, networks 400 and 300, one update a step; {machine(args)}. Median of "
         f"{args.repetitions} windows of {args.steps} steps, interleaved.",
         "",
-        "| | steps/s | lowest to highest | times SB3 | times SBX | time over the floor's | peak memory, MB |",
-        "|---|---|---|---|---|---|---|",
+        "| | steps/s | lowest to highest"
+        + "".join(f" | times {peer}" for peer in peers)
+        + " | time over the floor's | peak memory, MB |",
+        "|---" * (5 + len(peers)) + "|",
     ]
     for name in sorted(rates, key=rates.get, reverse=True):
         values, memory = results[name]
@@ -284,7 +315,7 @@ def table(args):
 
         label = f"`{name}`" if ".py" in name else name
         spread = f"{min(values):.0f} to {max(values):.0f}"
-        ratios = f"{ratio(sb3):.2f} | {ratio(sbx):.2f} | {1 / ratio(floor):.2f}"
+        ratios = " | ".join(f"{value:.2f}" for value in [*map(ratio, peers.values()), 1 / ratio(floor)])
         lines.append(f"| {label} | {rates[name]:.0f} | {spread} | {ratios} | {memory / 1e6:.0f} |")
     return "\n".join(lines) + "\n"
 
@@ -314,6 +345,7 @@ def sweep(args):
 
 
 def main(args):
+    args.cleanrl = args.cleanrl and os.path.abspath(args.cleanrl)  # each contestant runs in a folder of its own
     text = sweep(args) if args.sweep else table(args)
     print(text, end="")
     if args.output:

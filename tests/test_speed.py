@@ -31,3 +31,23 @@ def test_windows_are_as_long_as_they_say():
     for name, (rates, memory) in results.items():
         assert len(rates) == 2 and min(rates) > 0, name
         assert 50e6 < memory < 2e9, name
+
+
+def test_cleanrl_gets_our_layers_and_updates_its_actor_at_every_step(tmp_path):
+    """A stand-in for CleanRL's script that stops if it does not."""
+    (tmp_path / "cleanrl").mkdir()
+    (tmp_path / "cleanrl" / "ddpg_continuous_action.py").write_text(
+        "import sys, gymnasium as gym\n"
+        "from torch.nn import Linear\n"
+        "actor = [Linear(11, 256), Linear(256, 256), Linear(256, 3)]\n"
+        "critic = [Linear(14, 256), Linear(256, 256), Linear(256, 1)]\n"
+        "assert [layer.out_features for layer in actor + critic] == [400, 300, 3, 400, 300, 1]\n"
+        "assert {'--policy-frequency=1', '--batch-size=16', '--env-id=Hopper-v4'} < set(sys.argv)\n"
+        "envs = gym.vector.SyncVectorEnv([lambda: gym.make('Hopper-v4')])\n"
+        "envs.reset()\n"
+        "while True:\n"
+        "    envs.step(envs.action_space.sample())\n"
+    )
+    args = speed.Args(env_id="Hopper-v4", batch_size=16, repetitions=2, steps=40, cleanrl=str(tmp_path))
+    ((rates, _),) = speed.measure(["CleanRL DDPG"], args).values()
+    assert len(rates) == 2 and min(rates) > 0
