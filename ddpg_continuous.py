@@ -179,7 +179,7 @@ class Adam(nn.Module):
         self.register_buffer("steps", torch.zeros(()))
 
     @torch.no_grad()
-    def step(self, grads, beta1=0.9, beta2=0.999, eps=1e-8):  # beta^n by exp: compiled, ** would run again for every vector
+    def step(self, grads, beta1=0.9, beta2=0.999, eps=1e-8):  # beta^n by exp, as compiled code repeats ** in its inner loop
         bias1, bias2 = 1 - (self.steps.add_(1) * math.log(beta1)).exp(), (1 - (self.steps * math.log(beta2)).exp()).sqrt()
         for p, grad, m, v in zip(self.params, grads, self.m, self.v, strict=True):
             m.lerp_(grad, 1 - beta1)
