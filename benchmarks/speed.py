@@ -77,13 +77,16 @@ def peak_memory():
 
 
 def paced(env, first, steps, count_resets=False):
-    """Return env that, at step `first` and every `steps` after it, prints the seconds since it went on and waits for a line."""
+    """Return env that, at step `first` and every `steps` after it, prints the seconds since it went on and waits for a line.
+
+    With count_resets, a reset counts as a step, too.
+    """
     import gymnasium
 
     class Paced(gymnasium.Wrapper):
         count, start = 0, 0.0
 
-        def step(self, action):
+        def tick(self):
             if self.count >= first and (self.count - first) % steps == 0:
                 seconds = time.perf_counter() - self.start
                 memory = peak_memory()
@@ -92,10 +95,14 @@ def paced(env, first, steps, count_resets=False):
                     os._exit(0)  # the benchmark is over
                 self.start = time.perf_counter()
             self.count += 1
+
+        def step(self, action):
+            self.tick()
             return super().step(action)
 
         def reset(self, **kwargs):
-            self.count += count_resets
+            if count_resets:
+                self.tick()
             return super().reset(**kwargs)
 
     return Paced(env)

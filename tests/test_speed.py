@@ -1,9 +1,13 @@
 """The speed benchmark measures what it says."""
 
 import importlib.util
+import io
 import os
+import sys
 
+import gymnasium
 import numpy as np
+import pytest
 
 import smoothie_closed_form
 import smoothie_continuous
@@ -31,6 +35,19 @@ def test_windows_are_as_long_as_they_say():
     for name, (rates, memory) in results.items():
         assert len(rates) == 2 and min(rates) > 0, name
         assert 50e6 < memory < 2e9, name
+
+
+@pytest.mark.parametrize("count_resets, windows", [(True, 5), (False, 2)])
+def test_a_window_ends_on_time_though_it_ends_with_a_reset(monkeypatch, count_resets, windows):
+    """Ten steps, each after a reset; a window ends before the third of what counts and every fourth after it."""
+    output = io.StringIO()
+    monkeypatch.setattr(sys, "__stdout__", output)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("go\n" * windows))
+    env = speed.paced(gymnasium.make("Hopper-v4"), first=2, steps=4, count_resets=count_resets)
+    for _ in range(10):
+        env.reset()
+        env.step(env.action_space.sample())
+    assert output.getvalue().count("seconds") == windows
 
 
 def test_cleanrl_gets_our_layers_and_updates_its_actor_at_every_step(tmp_path):
