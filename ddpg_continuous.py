@@ -179,7 +179,7 @@ class Adam(nn.Module):
         self.register_buffer("steps", torch.zeros(()))
 
     @torch.no_grad()
-    def step(self, grads, beta1=0.9, beta2=0.999, eps=1e-8):  # beta^n by exp, as compiled code repeats ** in its inner loop
+    def step(self, grads, beta1=0.9, beta2=0.999, eps=1e-8):  # exp for beta^n: compiled code would repeat ** in its inner loop
         bias1, bias2 = 1 - (self.steps.add_(1) * math.log(beta1)).exp(), (1 - (self.steps * math.log(beta2)).exp()).sqrt()
         for p, grad, m, v in zip(self.params, grads, self.m, self.v, strict=True):
             m.lerp_(grad, 1 - beta1)
@@ -395,7 +395,7 @@ def main(args):
 
 
 def parse_args():
-    """Return the flags. With --resume and --evaluate, those that are not given are the flags of that run."""
+    """Return the flags. With --resume and --evaluate, flags that are not given come from that run."""
     args = tyro.cli(Args, description=__doc__.splitlines()[0])
     folder = args.evaluate if args.evaluate is not None else args.resume
     if folder is not None:

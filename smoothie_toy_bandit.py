@@ -18,7 +18,7 @@ distributed as N((a + mu) / 2, Sigma / 2), a narrower smoothing than (9), and wi
 them it does. Here q is the average of all policies that filled the buffer, kept on a grid; the weights are capped and divided
 by their sum in the batch. The closed form needs no weights, as it learns the reward at the actions taken.
 
-All seeds train side by side: tensors have a dimension for the seed, the first where nothing else is said.
+All seeds train side by side: the first dimension of a tensor is the seed unless noted otherwise.
 """
 
 import math

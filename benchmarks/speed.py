@@ -10,10 +10,10 @@ environment with random actions. On a CPU no program does this work faster with 
 can, as the floor launches each product separately. With --cuda, SBX needs JAX for the GPU: pip install "jax[cuda13]".
 
     pip install -r benchmarks/requirements.txt
-    git clone https://github.com/vwxyzjn/cleanrl
-    python benchmarks/speed.py --cleanrl cleanrl --env-id Walker2d-v4 --output benchmarks/speed.md
-    python benchmarks/speed.py --cuda --repetitions 5 --output benchmarks/speed_cuda.md
-    python benchmarks/speed.py --sweep --repetitions 3 --steps 200 --output benchmarks/cost.md
+    git clone https://github.com/vwxyzjn/cleanrl && git -C cleanrl checkout fe8d8a0
+    python benchmarks/speed.py --cleanrl cleanrl --output speed.md
+    python benchmarks/speed.py --cuda --repetitions 5
+    python benchmarks/speed.py --sweep --repetitions 3 --steps 200
 """
 
 import contextlib
