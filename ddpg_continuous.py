@@ -268,7 +268,7 @@ def write(path, content):
 def check_finite(losses, agent, step):
     for name, tensor in [*losses.items(), *agent.named_parameters()]:
         if not tensor.isfinite().all():
-            sys.exit(f"step {step}: {name} is not finite, training has diverged; a lower --q-lr or --reward-scale may help")
+            sys.exit(f"step {step}: {name} is not finite, training has diverged; try a lower learning rate or --reward-scale")
 
 
 def main(args):
@@ -366,6 +366,7 @@ def main(args):
                 speed = f", {sps:.0f} steps/s"
                 logs |= losses | {"charts/SPS": sps}
         if (step % args.eval_frequency == 0 or last) and not (evaluations and evaluations[-1][0] == step):
+            check_finite(losses, agent, step)  # before it replaces policy.pt
             if results := evaluate(agent.actor, eval_env, args, run_dir / f"step_{step}.mp4"):
                 evaluations += [[step, episode, *result] for episode, result in enumerate(results)]
                 rows = [["global_step", "episode", "episodic_return", "episodic_length"], *evaluations]
@@ -374,8 +375,8 @@ def main(args):
                 mean, length = np.mean(results, 0)
                 logs |= {"eval/episodic_return": mean, "eval/episodic_length": length}
                 tqdm.write(f"step {step}: eval return {mean:.2f}{speed}")
-        for name, value in logs.items():
-            writer.add_scalar(name, value, step)
+        for key, value in logs.items():
+            writer.add_scalar(key, value, step)
         writer.flush()
         stop = signals[:1]  # read once: a later signal waits for the next step
         if stop or (args.checkpoint_frequency and step > start and (step % args.checkpoint_frequency == 0 or last)):
@@ -423,5 +424,5 @@ if __name__ == "__main__":
         signal.signal(number, on_signal)
     try:
         main(parse_args())
-    except OSError as error:
-        sys.exit(f"cannot read or write: {error}")
+    except (OSError, MemoryError) as error:
+        sys.exit(f"cannot read, write or allocate: {error}")

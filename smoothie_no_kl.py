@@ -213,7 +213,7 @@ class Smoothie(nn.Module):
         with torch.no_grad():
             for net, target in [(self.actor, self.target_actor), (self.qf, self.target_qf)]:
                 torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), self.args.tau)
-        return metrics
+        return metrics | {"losses/value_scale": self.value_scale}
 
     def update_policy(self, observations):
         """One step of theta along (13) and of phi along (15)."""
@@ -241,8 +241,7 @@ class Smoothie(nn.Module):
         grads = torch.autograd.grad(loss, self.w)
         norm = torch.nn.utils.get_total_norm(grads)
         self.q_optimizer.step(torch._foreach_mul(grads, (self.args.max_grad_norm / norm).clamp(max=1.0)))
-        metrics = {"losses/qf1_loss": loss.detach(), "losses/qf1_values": values.detach().mean()}
-        return metrics | {"losses/value_scale": self.value_scale}
+        return {"losses/qf1_loss": loss.detach(), "losses/qf1_values": values.detach().mean()}
 
 
 def compile_update(update, device):
@@ -285,7 +284,7 @@ def write(path, content):
 def check_finite(losses, agent, step):
     for name, tensor in [*losses.items(), *agent.named_parameters()]:
         if not tensor.isfinite().all():
-            sys.exit(f"step {step}: {name} is not finite, training has diverged; a lower --q-lr or --reward-scale may help")
+            sys.exit(f"step {step}: {name} is not finite, training has diverged; try a lower learning rate or --reward-scale")
 
 
 def main(args):
@@ -381,6 +380,7 @@ def main(args):
                 speed = f", {sps:.0f} steps/s"
                 logs |= losses | {"charts/SPS": sps} | {f"policy/std_{i}": std_i for i, std_i in enumerate(std)}
         if (step % args.eval_frequency == 0 or last) and not (evaluations and evaluations[-1][0] == step):
+            check_finite(losses, agent, step)  # before it replaces policy.pt
             if results := evaluate(agent.actor, eval_env, args, run_dir / f"step_{step}.mp4"):
                 evaluations += [[step, episode, *result] for episode, result in enumerate(results)]
                 rows = [["global_step", "episode", "episodic_return", "episodic_length"], *evaluations]
@@ -389,8 +389,8 @@ def main(args):
                 mean, length = np.mean(results, 0)
                 logs |= {"eval/episodic_return": mean, "eval/episodic_length": length}
                 tqdm.write(f"step {step}: eval return {mean:.2f}, policy std {std.mean():.3f}{speed}")
-        for name, value in logs.items():
-            writer.add_scalar(name, value, step)
+        for key, value in logs.items():
+            writer.add_scalar(key, value, step)
         writer.flush()
         stop = signals[:1]  # read once: a later signal waits for the next step
         if stop or (args.checkpoint_frequency and step > start and (step % args.checkpoint_frequency == 0 or last)):
@@ -437,5 +437,5 @@ if __name__ == "__main__":
         signal.signal(number, on_signal)
     try:
         main(parse_args())
-    except OSError as error:
-        sys.exit(f"cannot read or write: {error}")
+    except (OSError, MemoryError) as error:
+        sys.exit(f"cannot read, write or allocate: {error}")
