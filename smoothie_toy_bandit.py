@@ -23,7 +23,8 @@ All seeds train side by side: the first dimension of a tensor is the seed unless
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -125,6 +126,14 @@ class ReLUNetwork(QNetwork):
         return (self.w * cdf * self.w_a).sum((1, 2)), (self.w * pdf / s * self.w_a**2).sum((1, 2))
 
 
+def importance_weights(density, cells, count, max_weight):
+    """Return 1 / q(a~) of (18), at most max_weight, for actions in these cells of the grid, (seeds, batch).
+
+    density (seeds, grid) is the sum of the `count` densities that the buffer's actions were drawn from; q is their average.
+    """
+    return (count / density.gather(1, cells)).clamp(max=max_weight)
+
+
 def train(args, method):
     """Return the path (steps, seeds, 2) of mu and sigma."""
     generator = torch.Generator().manual_seed(args.seed)
@@ -164,7 +173,7 @@ def train(args, method):
         targets = reward(a)  # one step: the value of a~ is its reward
         weights = torch.ones_like(a)
         if method == "smoothie":
-            weights = (count / density.gather(1, cells.gather(1, index))).clamp(max=args.max_weight)  # 1 / q(a~)
+            weights = importance_weights(density, cells.gather(1, index), count, args.max_weight)
         if method.startswith("smoothie"):
             a = a + (0.5 * log_var).exp().unsqueeze(1) * torch.randn(a.shape, generator=generator)  # phantom actions
         errors = (qf(a) - targets) ** 2
@@ -213,19 +222,25 @@ def summary(name, path):
     return line + f", final std {np.median(std):.2f}" + (f", {diverged.sum()} diverged" if diverged.any() else "")
 
 
+def check(args):
+    """Exit with an error message if a flag is out of range or NaN, or if the picture cannot be written."""
+    limits = {"seed": (0, 2**31), "learning_starts": (0, args.total_timesteps - 1)}
+    for name, value in asdict(args).items():
+        low, high = limits.get(name, (1 if type(value) is int else 0, 1e9))
+        if type(value) in (int, float) and not low <= value <= high:
+            sys.exit(f"--{name.replace('_', '-')} {value}: must lie between {low:g} and {high:g}")
+    if Path(args.output).suffix not in (".png", ".pdf", ".svg") or not Path(args.output).parent.is_dir():
+        sys.exit(f"--output {args.output}: must be a .png, .pdf or .svg file in a folder that exists")
+
+
 def main(args):
-    for name in ("seeds", "total_timesteps", "prefill", "batch_size"):
-        if getattr(args, name) < 1:
-            sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    check(args)
     torch.set_num_threads(1)  # the tensors are small
     paths = {}
     for name in ("smoothie", "smoothie without weights", "closed form", "ddpg"):
         paths[name] = train(args, name)
         print(summary(name, paths[name]), flush=True)
-    try:
-        plot(paths, gradient_flow(args), args.output)
-    except (OSError, ValueError) as error:
-        sys.exit(f"--output {args.output}: cannot write the picture ({error})")
+    plot(paths, gradient_flow(args), args.output)
     print(f"wrote {args.output}")
 
 

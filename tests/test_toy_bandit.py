@@ -68,8 +68,34 @@ def test_figure_2(monkeypatch):
     assert np.abs(paths["closed form"] - paths["flow"][:, None]).max() < 0.25
 
 
-def test_bad_input_gets_one_sentence():
-    with pytest.raises(SystemExit, match="--seeds 0"):
-        toy.main(toy.Args(seeds=0))
-    with pytest.raises(SystemExit, match="--output"):
-        toy.main(toy.Args(seeds=1, total_timesteps=3, output="nowhere/figure.png"))
+def test_weights_are_one_over_the_density_of_the_behaviour(monkeypatch):
+    """The policy rests, so every action, those before the first step among them, was drawn from N(-1, 1)."""
+    grid, seen = torch.linspace(-6.0, 6.0, 601), []
+
+    def spy(density, cells, count, max_weight, original=toy.importance_weights):
+        weights = original(density, cells, count, max_weight)
+        expected = (2 * np.pi) ** 0.5 * torch.exp(0.5 * (grid[cells] + 1) ** 2)
+        torch.testing.assert_close(weights, expected.clamp(max=max_weight), rtol=1e-4, atol=0)
+        seen.append((count, weights.max()))
+        return weights
+
+    monkeypatch.setattr(toy, "importance_weights", spy)
+    args = toy.Args(seeds=3, prefill=100, total_timesteps=20, learning_starts=20, max_weight=20.0)
+    toy.train(args, "smoothie")
+    assert seen == [(count, 20.0) for count in range(101, 121)], "the cap matters"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"seeds": 0},
+        {"seed": -1},
+        {"q_lr": float("nan")},
+        {"policy_lr": -1.0},
+        {"learning_starts": 4_500},
+        {"output": "no/f.png"},
+    ],
+)
+def test_bad_input_gets_one_sentence(flags):
+    with pytest.raises(SystemExit, match=f"^--{next(iter(flags)).replace('_', '-')} [^\n]*$"):
+        toy.main(toy.Args(**flags))
