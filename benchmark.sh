@@ -61,8 +61,8 @@ done
 # Print the name of a cell in file names: task__script__seed.
 name_of() { echo "${1//[^A-Za-z0-9_.-]/-}__$2__$3"; }
 
-# Print the newest run folder of a cell, or nothing.
-folder_of() { ls -td "$runs/runs/$(name_of "$@")"__* 2>/dev/null | head -n 1 || true; }
+# Print the newest run folder of a cell, or nothing. Names end in the time of the start.
+folder_of() { ls -d "$runs/runs/$(name_of "$@")"__* 2>/dev/null | sort -V | tail -n 1 || true; }
 
 # Print the step of the last evaluation in a run folder.
 steps_of() { tail -qn 1 "$1/evaluations.csv" 2>/dev/null | grep -oE '^[0-9]+' || echo 0; }

@@ -107,6 +107,15 @@ def test_finished_cells_are_skipped_and_failed_ones_reported():
     assert benchmark("--dry-run", ENVS=good[0], SCRIPTS="ddpg_continuous").stdout == ""
 
 
+def test_the_newest_of_two_runs_of_a_cell_counts():
+    """Newest by the start time in its name, whichever folder was touched last."""
+    os.makedirs("out/runs/Hopper-v4__ddpg_continuous__1__10")
+    pathlib.Path("out/runs/Hopper-v4__ddpg_continuous__1__10/checkpoint.pt").touch()
+    run_folder(1, "100,0,1.0,5\n")
+    os.utime("out/runs/Hopper-v4__ddpg_continuous__1__5")
+    assert " --resume runs/Hopper-v4__ddpg_continuous__1__10 " in benchmark("--dry-run", **HOPPER).stdout
+
+
 def test_ctrl_c_and_closing_the_terminal_stop_everything_and_the_next_call_resumes():
     cells = [("tests.fake_envs:Slow-v0", script) for script in ("smoothie_no_kl", "ddpg_continuous")]
     settings = {"ENVS": "tests.fake_envs:Slow-v0", "TOTAL_TIMESTEPS": "100000"}

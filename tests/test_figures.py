@@ -139,6 +139,8 @@ def test_no_collected_data_is_lost():
     for refused in (first, other):
         with pytest.raises(SystemExit, match="holds evaluations that"):
             collect_runs(refused)
+    with pytest.raises(SystemExit, match=r"other flags than runs/flags/evaluations.csv \(tau\)"):  # though it begins alike
+        collect_runs(run_folder("runs/flags", returns=((100.0, 300.0), (400.0, 600.0), (7.0, 8.0), (9.0, 9.0)), tau=0.1))
     longest = run_folder("runs/longest", returns=((100.0, 300.0), (400.0, 600.0), (7.0, 8.0), *[(9.0, 9.0)] * 99))
     csv = "data/Hopper-v4__ddpg_continuous__1.csv"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -225,7 +227,7 @@ def test_value_estimates(script, capsys, monkeypatch):
     """Each reward is 1, and an episode ends by a termination, then one by the time limit. Smoothie explores, DDPG does not."""
     flags = {} if script is ddpg_continuous else {"log_var_init": -5.0, "log_var_lr": 0.0}
     flags |= {"env_id": "tests.fake_envs:Recorder-v0", "total_timesteps": 110, "checkpoint_frequency": 110}
-    run_dir = run(script, **flags)
+    run_dir = run(script, seed=3, **flags)
     checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     checkpoint["agent"]["qf.fc_q.weight"][:] = 0.1  # so that value and curvature depend on the state and the action
     torch.save(checkpoint, run_dir / "checkpoint.pt")
@@ -235,7 +237,7 @@ def test_value_estimates(script, capsys, monkeypatch):
     assert returns.tolist() == 10 * [5, 7]
 
     recorder = env.unwrapped
-    assert recorder.seeds == list(range(10_001, 10_021)), "the starts of the run's evaluations, and ten more"
+    assert recorder.seeds == list(range(10_003, 10_023)), "the starts of the run's evaluations, and ten more"
     low, high = recorder.action_space.low, recorder.action_space.high
     actions, s = (np.array(recorder.received) - low) / (high - low) * 2 - 1, torch.tensor(np.float32(recorder.seen))
     with torch.no_grad():
@@ -258,7 +260,7 @@ def test_value_estimates(script, capsys, monkeypatch):
     assert np.allclose(saturated, (mean.abs() > middle).float().mean(1)) and 0.3 < saturated.mean() < 0.7
     value_estimates.main(value_estimates.Args((str(run_dir),)))
     returns, expected, actual, saturated = value_estimates.compare(*value_estimates.load(str(run_dir))[:3], 10)
-    row = f"| {args.env_id} | {table.LABELS[script.__name__]} | 1 | 0k | 6 | {expected.mean():,.0f} | {actual.mean():,.0f} |"
+    row = f"| {args.env_id} | {table.LABELS[script.__name__]} | 3 | 0k | 6 | {expected.mean():,.0f} | {actual.mean():,.0f} |"
     row += f" {saturated.mean():.0%} |"
     assert capsys.readouterr().out.splitlines()[-1] == row and f"{expected.mean():,.0f}" != f"{actual.mean():,.0f}"
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import json
 import os
 import sys
 
@@ -40,14 +41,22 @@ def test_windows_are_as_long_as_they_say():
 @pytest.mark.parametrize("count_resets, windows", [(True, 5), (False, 2)])
 def test_a_window_ends_on_time_though_it_ends_with_a_reset(monkeypatch, count_resets, windows):
     """Ten steps, each after a reset; a window ends before the third of what counts and every fourth after it."""
-    output = io.StringIO()
+    output, now = io.StringIO(), [0.0]
+
+    class Waits(io.StringIO):
+        def readline(self):
+            now[0] += 1000.0
+            return super().readline()
+
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(sys, "__stdout__", output)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("go\n" * windows))
+    monkeypatch.setattr(sys, "stdin", Waits("go\n" * windows))
     env = speed.paced(gymnasium.make("Hopper-v4"), first=2, steps=4, count_resets=count_resets)
     for _ in range(10):
         env.reset()
         env.step(env.action_space.sample())
-    assert output.getvalue().count("seconds") == windows
+    seconds = [json.loads(line)["seconds"] for line in output.getvalue().splitlines()]
+    assert seconds == windows * [0.0], "the time in which the others run does not count"
 
 
 def test_cleanrl_gets_our_layers_and_updates_its_actor_at_every_step(tmp_path):
@@ -68,3 +77,15 @@ def test_cleanrl_gets_our_layers_and_updates_its_actor_at_every_step(tmp_path):
     args = speed.Args(env_id="Hopper-v4", batch_size=16, repetitions=2, steps=40, cleanrl=str(tmp_path))
     ((rates, _),) = speed.measure(["CleanRL DDPG"], args).values()
     assert len(rates) == 2 and min(rates) > 0
+
+
+def test_the_table_compares_windows_pair_by_pair(monkeypatch):
+    """The machine gets slower; the ratio of each pair stays the same, that of other pairs does not."""
+    drift = [4.0, 2.0, 1.0]
+    speeds = {"ddpg_continuous.py": 150, "CleanRL DDPG": 75, "Stable-Baselines3 DDPG": 100, "SBX DDPG (JAX)": 120}
+    speeds["floor: matrix products and environment alone"] = 300
+    results = {name: ([rate * d for d in drift], 2e6) for name, rate in speeds.items()}
+    monkeypatch.setattr(speed, "measure", lambda names, args: results)
+    rows = speed.table(speed.Args(cleanrl="clone")).splitlines()
+    assert "| `ddpg_continuous.py` | 300 | 150 to 600 | 2.00 | 1.50 | 1.25 | 2.00 | 2 |" in rows
+    assert rows[-1].startswith("| CleanRL DDPG | 150 | 75 to 300 | 1.00 | 0.75 | 0.62 | 4.00 |"), "the fastest come first"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
-from evaluations import read_run
+from evaluations import differing, read_run
 
 
 @dataclass
@@ -28,20 +28,22 @@ class Args:
 def main(args):
     if not args.run_dirs:
         sys.exit("name at least one run folder, e.g. benchmark_runs/runs/*")
-    runs = {}
+    runs, configs = {}, {}
     for run_dir in args.run_dirs:
         paths = [os.path.join(run_dir, name) for name in ("evaluations.csv", "config.json")]
         config = read_run(*paths).config
         name = re.sub(r"[^\w.-]", "-", f"{config['env_id']}__{config['exp_name']}__{config['seed']}")
         if name in runs:
             sys.exit(f"{runs[name][0]} and {paths[0]} are both {name}; name only one of them")
-        runs[name] = paths
+        runs[name], configs[name] = paths, config
     for name, (evaluations, _) in runs.items():
         target = os.path.join(args.output, name + ".csv")
         if os.path.exists(target):
             with open(target) as old, open(evaluations) as new:
                 if not new.read().startswith(old.read()):
                     sys.exit(f"{target}: holds evaluations that {evaluations} does not have; move it away first")
+            if keys := differing([configs[name], read_run(target, target[: -len("csv")] + "json").config]):
+                sys.exit(f"{target}: holds a run with other flags than {evaluations} ({', '.join(keys)}); move it away first")
     try:
         os.makedirs(args.output, exist_ok=True)
         for name, paths in runs.items():

@@ -52,6 +52,11 @@ def in_order(names, known):
     return sorted(names, key=lambda name: ([*known, name].index(name), name))
 
 
+def differing(configs):
+    """Return the flags in which the configs differ though seeds of an experiment must not."""
+    return [key for key in sorted(set().union(*configs) - MAY_DIFFER) if len({str(config.get(key)) for config in configs}) > 1]
+
+
 def read_data(*folders, last_step=np.inf):
     """Return {task: {script: [Run of each seed]}}, everything in order and up to last_step, or exit with an error message."""
     data = defaultdict(lambda: defaultdict(list))
@@ -69,11 +74,9 @@ def read_data(*folders, last_step=np.inf):
             seeds = [run.config["seed"] for run in runs]
             if len(set(seeds)) < len(seeds):
                 sys.exit(f"{', '.join(folders)}: some seeds of {script} on {task} appear twice")
-            for key in sorted(set().union(*[run.config for run in runs]) - MAY_DIFFER):
-                values = sorted({str(run.config.get(key)) for run in runs})
-                if len(values) > 1:
-                    values = ", ".join(values)
-                    sys.exit(f"{', '.join(folders)}: the seeds of {script} on {task} differ in {key} ({values}); separate them")
+            for key in differing([run.config for run in runs]):
+                values = ", ".join(sorted({str(run.config.get(key)) for run in runs}))
+                sys.exit(f"{', '.join(folders)}: the seeds of {script} on {task} differ in {key} ({values}); separate them")
     return {task: {script: data[task][script] for script in in_order(data[task], LABELS)} for task in in_order(data, TASKS)}
 
 
