@@ -6,8 +6,8 @@ The gradient of the critic in the action gives the gradient of the expected retu
 
 Q is learned from replayed (s, a, r, s') with targets r + gamma Q'(s', mu'(s')):                                 (8)
 
-    theta        actor.parameters()     theta', w'         target_actor, target_qf (Polyak averages at rate tau)
-    w            qf.parameters()        mu_theta(s)        actor(observations)
+    theta        actor.parameters()     theta', w'         target_actor, target_qfs (Polyak averages at rate tau)
+    w            qfs.parameters()       mu_theta(s)        actor(observations)
                                         dQ/da              qf.action_gradient(observations, actions)
 E_s is a mean over replayed states. Actions are in normalised units except in the environment: 1 is half of their range.
 Equation numbers are those of the Smoothie paper (Nachum et al., ICML 2018). Exploration is an Ornstein-Uhlenbeck process.
@@ -64,7 +64,8 @@ class Args:
     reward_scale: float = 0.1  # factor on the rewards that the critic sees (Section 6.2); logged returns are not scaled
     policy_lr: float = 1e-4  # learning rate of theta, by Adam
     q_lr: float = 1e-3  # learning rate of w, by Adam
-    max_grad_norm: float = 4.0  # bound on the norm of the critic's gradient; inf turns clipping off
+    critics: int = 1  # number of critics; targets use the smallest of their values, as in TD3 (Fujimoto et al., 2018)
+    max_grad_norm: float = 4.0  # bound on the norm of the critics' gradient; inf turns clipping off
     ou_theta: float = 0.15  # damping of the Ornstein-Uhlenbeck exploration (Section 6.2); 1 makes the noise independent
     ou_sigma: float = 0.1  # scale of the Ornstein-Uhlenbeck exploration, in normalised units per step (Section 6.2)
     eval_frequency: int = 5_000  # environment steps between two evaluations of the mean action
@@ -192,17 +193,17 @@ class DDPG(nn.Module):
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        self.args = args
-        self.actor, self.qf = Actor(obs_dim, action_dim), QNetwork(obs_dim, action_dim)
-        self.target_actor, self.target_qf = (copy.deepcopy(net).requires_grad_(False) for net in (self.actor, self.qf))
-        self.theta, self.w = list(self.actor.parameters()), list(self.qf.parameters())
+        self.args, self.actor = args, Actor(obs_dim, action_dim)
+        self.qfs = nn.ModuleList(QNetwork(obs_dim, action_dim) for _ in range(args.critics))
+        self.target_actor, self.target_qfs = (copy.deepcopy(net).requires_grad_(False) for net in (self.actor, self.qfs))
+        self.theta, self.w = list(self.actor.parameters()), list(self.qfs.parameters())
         self.actor_optimizer, self.q_optimizer = Adam(self.theta, args.policy_lr), Adam(self.w, args.q_lr)
 
     def update(self, observations, batch):
         """One update: the policy on one batch, the critic on another, the targets. Return what to log."""
         metrics = self.update_policy(observations) | self.update_critic(*batch)
         with torch.no_grad():
-            for net, target in [(self.actor, self.target_actor), (self.qf, self.target_qf)]:
+            for net, target in [(self.actor, self.target_actor), (self.qfs, self.target_qfs)]:
                 torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), self.args.tau)
         return metrics
 
@@ -210,7 +211,7 @@ class DDPG(nn.Module):
         """One step of theta along (6)."""
         mean = self.actor(observations)
         with torch.no_grad():
-            gradient = self.qf.action_gradient(observations, mean)
+            gradient = self.qfs[0].action_gradient(observations, mean)
         loss = -(gradient * mean).sum(1).mean()  # its gradient is minus (6)
         self.actor_optimizer.step(torch.autograd.grad(loss, self.theta))
         return {"losses/actor_loss": loss.detach()}
@@ -218,14 +219,14 @@ class DDPG(nn.Module):
     def update_critic(self, observations, actions, rewards, next_observations, terminated):
         """One step of w on (8). A time limit bootstraps, a termination does not."""
         with torch.no_grad():
-            next_values = self.target_qf(next_observations, self.target_actor(next_observations))
-            targets = self.args.reward_scale * rewards + self.args.gamma * (1 - terminated) * next_values
-        values = self.qf(observations, actions)
-        loss = (values - targets).square().mean()
-        grads = torch.autograd.grad(loss, self.w)
-        norm = torch.nn.utils.get_total_norm(grads)
+            next_actions = self.target_actor(next_observations)
+            next_values = torch.stack([qf(next_observations, next_actions) for qf in self.target_qfs])  # (critics, batch)
+            targets = self.args.reward_scale * rewards + self.args.gamma * (1 - terminated) * next_values.amin(0)
+        values = torch.stack([qf(observations, actions) for qf in self.qfs])
+        losses = (values - targets).square().mean(1)
+        norm = torch.nn.utils.get_total_norm(grads := torch.autograd.grad(losses.sum(), self.w))
         self.q_optimizer.step(torch._foreach_mul(grads, (self.args.max_grad_norm / norm).clamp(max=1.0)))
-        return {"losses/qf1_loss": loss.detach(), "losses/qf1_values": values.detach().mean()}
+        return {"losses/qf1_loss": losses[0].detach(), "losses/qf1_values": values[0].detach().mean()}
 
 
 def compile_update(update, device):
@@ -289,7 +290,7 @@ def main(args):
             sys.exit(f"{args.evaluate}: policy.pt is missing, damaged or of another network ({type(error).__name__})")
         results = evaluate(agent.actor, eval_env, args, Path(args.evaluate, "evaluate.mp4")) or sys.exit(128 + signals[0])
         return print(f"mean return {np.mean(results, 0)[0]:.2f}; return and length of each episode: {results}")
-    qf, s, a = copy.deepcopy(agent.qf).cpu().double(), torch.randn(1, obs_dim).double(), torch.randn(1, action_dim).double()
+    qf, s, a = copy.deepcopy(agent.qfs[0]).cpu().double(), torch.randn(1, obs_dim).double(), torch.randn(1, action_dim).double()
     exact = torch.func.jacrev(qf, 1)(s, a)[0]
     if (qf.action_gradient(s, a) - exact).norm() > 1e-6 * exact.norm():
         sys.exit("QNetwork: action_gradient is not the gradient of forward; change both together")
@@ -353,8 +354,7 @@ def main(args):
             obs = next_obs
             if terminated or truncated:
                 logs |= {"charts/episodic_return": info["episode"]["r"], "charts/episodic_length": info["episode"]["l"]}
-                episode_seed = int(rng.integers(2**31))
-                (obs, _), noise = env.reset(seed=episode_seed), np.zeros(action_dim, np.float32)
+                (obs, _), noise = env.reset(seed=(episode_seed := int(rng.integers(2**31)))), np.zeros(action_dim, np.float32)
             if step > args.learning_starts:
                 signal.pthread_sigmask(signal.SIG_BLOCK, STOP)  # Ctrl-C at a terminal would reach the compiler, too
                 update = update or (compile_update(agent.update, device) if args.compile else agent.update)

@@ -14,10 +14,10 @@ mean and the covariance of pi(.|s) = N(mu_theta(s), Sigma_phi). So the policy le
 Q~ is learned from replayed (s, a~, r, s'): at a phantom action a ~ N(a~, Sigma) it is fitted to r + gamma Q~'(s', mu'(s')).
 Where the buffer is near-uniform in a~, these targets average to those of the smoothed Bellman equation.       (12), (18)
 
-    theta        the actor's layers     theta', phi', w'   target_actor, target_qf (Polyak averages at rate tau)
+    theta        the actor's layers     theta', phi', w'   target_actor, target_qfs (Polyak averages at rate tau)
     phi          actor.log_var          mu_theta(s)        actor(observations)
     Sigma_phi    exp(actor.log_var)     dQ~/da, d2Q~/da2   qf.action_derivatives(observations, actions)
-    w            qf.parameters()        lambda             args.kl_coef * value_scale
+    w            qfs.parameters()       lambda             args.kl_coef * value_scale
 E_s is a mean over replayed states. Actions are in normalised units except in the environment: 1 is half of their range.
 """
 # /// script
@@ -72,7 +72,8 @@ class Args:
     reward_scale: float = 0.1  # factor on the rewards that the critic sees (Section 6.2); logged returns are not scaled
     policy_lr: float = 1e-4  # learning rate of theta, by Adam: eta_pi of Algorithm 1
     q_lr: float = 1e-3  # learning rate of w, by Adam: eta_Q of Algorithm 1
-    max_grad_norm: float = 4.0  # bound on the norm of the critic's gradient; inf turns clipping off
+    critics: int = 1  # number of critics; targets use the smallest of their values, as in TD3 (Fujimoto et al., 2018)
+    max_grad_norm: float = 4.0  # bound on the norm of the critics' gradient; inf turns clipping off
     log_var_init: float = -2.0  # phi_0, the initial log-variance of each action dimension; Sigma = e^phi (Section 6.2)
     log_var_lr: float = 0.3  # learning rate of phi, by gradient ascent, divided by value_scale: eta_pi
     kl_coef: float = 2e-5  # weight of the KL penalty; times value_scale it is lambda of (20)
@@ -207,10 +208,10 @@ class Smoothie(nn.Module):
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        self.args = args
-        self.actor, self.qf = Actor(obs_dim, action_dim, args.log_var_init), QNetwork(obs_dim, action_dim)
-        self.target_actor, self.target_qf = (copy.deepcopy(net).requires_grad_(False) for net in (self.actor, self.qf))
-        self.theta, self.w = [p for p in self.actor.parameters() if p is not self.actor.log_var], list(self.qf.parameters())
+        self.args, self.actor = args, Actor(obs_dim, action_dim, args.log_var_init)
+        self.qfs = nn.ModuleList(QNetwork(obs_dim, action_dim) for _ in range(args.critics))
+        self.target_actor, self.target_qfs = (copy.deepcopy(net).requires_grad_(False) for net in (self.actor, self.qfs))
+        self.theta, self.w = [p for p in self.actor.parameters() if p is not self.actor.log_var], list(self.qfs.parameters())
         self.actor_optimizer, self.q_optimizer = Adam(self.theta, args.policy_lr), Adam(self.w, args.q_lr)
         self.register_buffer("value_scale", torch.ones(()))  # running mean of |target|, at rate tau
 
@@ -218,7 +219,7 @@ class Smoothie(nn.Module):
         """One update of Algorithm 1: the policy on one batch, the critic on another, the targets. Return what to log."""
         metrics = self.update_policy(observations) | self.update_critic(*batch)
         with torch.no_grad():
-            for net, target in [(self.actor, self.target_actor), (self.qf, self.target_qf)]:
+            for net, target in [(self.actor, self.target_actor), (self.qfs, self.target_qfs)]:
                 torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), self.args.tau)
         return metrics | {"losses/value_scale": self.value_scale}
 
@@ -226,7 +227,7 @@ class Smoothie(nn.Module):
         """One step of theta along (13) and of phi along (15), both minus lambda times the gradient of the KL of (20)."""
         mean, log_var = self.actor(observations), self.actor.log_var
         with torch.no_grad():
-            gradient, hessian = self.qf.action_derivatives(observations, mean)
+            gradient, hessian = self.qfs[0].action_derivatives(observations, mean)
             old_mean, old_log_var = self.target_actor(observations), self.target_actor.log_var
         objective = (gradient * mean).sum(1).mean() + 0.5 * (hessian.mean(0) * log_var.exp()).sum()  # gradients: (13), (15)
         kl = kl_divergence(mean, log_var, old_mean, old_log_var)
@@ -241,16 +242,16 @@ class Smoothie(nn.Module):
     def update_critic(self, observations, actions, rewards, next_observations, terminated):
         """One step of w on (18), the buffer taken as near-uniform. A time limit bootstraps, a termination does not."""
         with torch.no_grad():
-            next_values = self.target_qf(next_observations, self.target_actor(next_observations))
-            targets = self.args.reward_scale * rewards + self.args.gamma * (1 - terminated) * next_values
+            next_actions = self.target_actor(next_observations)
+            next_values = torch.stack([qf(next_observations, next_actions) for qf in self.target_qfs])  # (critics, batch)
+            targets = self.args.reward_scale * rewards + self.args.gamma * (1 - terminated) * next_values.amin(0)
             phantom_actions = actions + (0.5 * self.actor.log_var).exp() * torch.randn_like(actions)
             self.value_scale.lerp_(targets.abs().mean(), self.args.tau).clamp_(min=1e-6)
-        values = self.qf(observations, phantom_actions)
-        loss = (values - targets).square().mean()
-        grads = torch.autograd.grad(loss, self.w)
-        norm = torch.nn.utils.get_total_norm(grads)
+        values = torch.stack([qf(observations, phantom_actions) for qf in self.qfs])
+        losses = (values - targets).square().mean(1)
+        norm = torch.nn.utils.get_total_norm(grads := torch.autograd.grad(losses.sum(), self.w))
         self.q_optimizer.step(torch._foreach_mul(grads, (self.args.max_grad_norm / norm).clamp(max=1.0)))
-        return {"losses/qf1_loss": loss.detach(), "losses/qf1_values": values.detach().mean()}
+        return {"losses/qf1_loss": losses[0].detach(), "losses/qf1_values": values[0].detach().mean()}
 
 
 def compile_update(update, device):
@@ -314,7 +315,7 @@ def main(args):
             sys.exit(f"{args.evaluate}: policy.pt is missing, damaged or of another network ({type(error).__name__})")
         results = evaluate(agent.actor, eval_env, args, Path(args.evaluate, "evaluate.mp4")) or sys.exit(128 + signals[0])
         return print(f"mean return {np.mean(results, 0)[0]:.2f}; return and length of each episode: {results}")
-    qf, s, a = copy.deepcopy(agent.qf).cpu().double(), torch.randn(1, obs_dim).double(), torch.randn(1, action_dim).double()
+    qf, s, a = copy.deepcopy(agent.qfs[0]).cpu().double(), torch.randn(1, obs_dim).double(), torch.randn(1, action_dim).double()
     exact = torch.func.jacrev(qf, 1)(s, a)[0], torch.func.hessian(qf, 1)(s, a)[0, 0, :, 0].diagonal()
     if any((x - y).norm() > 1e-6 * y.norm() for x, y in zip(qf.action_derivatives(s, a), exact, strict=True)):
         sys.exit("QNetwork: action_derivatives is not the derivative of forward; change both together")
@@ -376,8 +377,7 @@ def main(args):
             obs = next_obs
             if terminated or truncated:
                 logs |= {"charts/episodic_return": info["episode"]["r"], "charts/episodic_length": info["episode"]["l"]}
-                episode_seed = int(rng.integers(2**31))
-                obs, _ = env.reset(seed=episode_seed)
+                obs, _ = env.reset(seed=(episode_seed := int(rng.integers(2**31))))
             if step > args.learning_starts:
                 signal.pthread_sigmask(signal.SIG_BLOCK, STOP)  # Ctrl-C at a terminal would reach the compiler, too
                 update = update or (compile_update(agent.update, device) if args.compile else agent.update)

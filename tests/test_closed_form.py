@@ -64,7 +64,7 @@ def test_the_critic_learns_at_the_replayed_actions_on_averaged_targets(float64, 
     """The regression is on the replayed action itself; the target averages Q' over the target policy (16)."""
     args = smoothie_closed_form.Args(log_var_init=-1.0, reward_scale=0.5, gamma=0.9, q_lr=0.0)
     agent = smoothie_closed_form.Smoothie(OBS_DIM, ACTION_DIM, args)
-    for qf in (agent.qf, agent.target_qf):
+    for qf in (agent.qfs[0], agent.target_qfs[0]):
         torch.nn.init.normal_(qf.fc_q.weight)
     with torch.no_grad():  # the lagged policy is another policy
         agent.target_actor.log_var -= 0.7
@@ -74,13 +74,13 @@ def test_the_critic_learns_at_the_replayed_actions_on_averaged_targets(float64, 
     means, std = agent.target_actor(next_observations), (0.5 * agent.target_actor.log_var).exp()
     sampled = means.repeat(200_000, 1) + std * torch.randn(400_000, ACTION_DIM)
     with torch.no_grad():
-        next_q = agent.target_qf(next_observations.repeat(200_000, 1), sampled).view(-1, 2)
+        next_q = agent.target_qfs[0](next_observations.repeat(200_000, 1), sampled).view(-1, 2)
         targets = 0.5 * rewards + 0.9 * (1 - terminated) * next_q.mean(0)
-        expected = (agent.qf(observations, actions) - targets).square().mean()
+        expected = (agent.qfs[0](observations, actions) - targets).square().mean()
     metrics = agent.update_critic(observations, actions, rewards, next_observations, terminated)
     assert next_q.std() > 0.1
     assert metrics["losses/qf1_loss"].item() == pytest.approx(expected.item(), rel=0.02)
-    assert metrics["losses/qf1_values"].item() == pytest.approx(agent.qf(observations, actions).mean().item(), rel=1e-12)
+    assert metrics["losses/qf1_values"].item() == pytest.approx(agent.qfs[0](observations, actions).mean().item(), rel=1e-12)
 
 
 class ReLUCritic(smoothie_closed_form.QNetwork):
@@ -97,7 +97,7 @@ def test_without_covariance_it_is_ddpg_with_a_relu_critic(float64, monkeypatch):
     args = smoothie_closed_form.Args(log_var_init=-80.0, policy_lr=1e-3, tau=0.05, kl_coef=0.0)
     agent = smoothie_closed_form.Smoothie(OBS_DIM, ACTION_DIM, args)
     ddpg = ddpg_continuous.DDPG(OBS_DIM, ACTION_DIM, ddpg_continuous.Args(policy_lr=1e-3, tau=0.05))
-    networks = ("actor", "target_actor", "qf", "target_qf")
+    networks = ("actor", "target_actor", "qfs", "target_qfs")
     for name in networks:
         getattr(ddpg, name).load_state_dict(getattr(agent, name).state_dict(), strict=False)
     start = agent.actor.fc2.weight.detach().clone()
@@ -120,8 +120,8 @@ def learned_from_the_policys_own_actions(script, frequency, variance, a):
     rng, updates = np.random.default_rng(0), 1200
     args = script.Args(log_var_init=math.log(variance), reward_scale=1.0, max_grad_norm=math.inf)
     agent = script.Smoothie(2, 1, args)
-    torch.nn.init.normal_(agent.qf.fc2.weight[:, -1:])  # features that span the range from the start
-    torch.nn.init.normal_(agent.qf.fc2.bias, std=1.5)
+    torch.nn.init.normal_(agent.qfs[0].fc2.weight[:, -1:])  # features that span the range from the start
+    torch.nn.init.normal_(agent.qfs[0].fc2.bias, std=1.5)
     buffer = script.ReplayBuffer(20_000, 2, 1, rng)
     for action in rng.normal(0.0, math.sqrt(variance), 20_000):
         buffer.add(np.zeros(2), [action], math.sin(frequency * action), np.zeros(2), True)
@@ -130,8 +130,8 @@ def learned_from_the_policys_own_actions(script, frequency, variance, a):
         agent.update_critic(*buffer.sample(128))
     with torch.no_grad():
         if script is smoothie_closed_form:
-            return agent.qf.smoothed(torch.zeros(len(a), 2), a, agent.actor.log_var)[0]
-        return agent.qf(torch.zeros(len(a), 2), a)
+            return agent.qfs[0].smoothed(torch.zeros(len(a), 2), a, agent.actor.log_var)[0]
+        return agent.qfs[0](torch.zeros(len(a), 2), a)
 
 
 def test_on_policy_actions_give_the_exact_convolution_only_in_closed_form():

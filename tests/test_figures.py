@@ -17,7 +17,7 @@ import pytest
 import table
 import torch
 import value_estimates
-from evaluations import align, bootstrap_interval, interquartile_mean, read_data, t_interval
+from evaluations import align, bootstrap_interval, interquartile_mean, read_data, read_run, t_interval
 from scipy import stats
 
 import ddpg_continuous
@@ -229,7 +229,7 @@ def test_value_estimates(script, capsys, monkeypatch):
     flags |= {"env_id": "tests.fake_envs:Recorder-v0", "total_timesteps": 110, "checkpoint_frequency": 110}
     run_dir = run(script, seed=3, **flags)
     checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
-    checkpoint["agent"]["qf.fc_q.weight"][:] = 0.1  # so that value and curvature depend on the state and the action
+    checkpoint["agent"]["qfs.0.fc_q.weight"][:] = 0.1  # so that value and curvature depend on the state and the action
     torch.save(checkpoint, run_dir / "checkpoint.pt")
     args, env, agent, step = value_estimates.load(str(run_dir))
     assert step == 110
@@ -242,9 +242,9 @@ def test_value_estimates(script, capsys, monkeypatch):
     actions, s = (np.array(recorder.received) - low) / (high - low) * 2 - 1, torch.tensor(np.float32(recorder.seen))
     with torch.no_grad():
         mean, std = agent.actor(s), 0.0 if script is ddpg_continuous else np.exp(-2.5)
-        values, error = agent.qf(s, mean), 1e-4
+        values, error = agent.qfs[0](s, mean), 1e-4
         if script is smoothie_closed_form:  # which smooths Q, so a mean over many actions gives the value
-            samples = torch.stack([agent.qf(s, mean + std * torch.randn(len(s), 2)) for _ in range(4_000)])
+            samples = torch.stack([agent.qfs[0](s, mean + std * torch.randn(len(s), 2)) for _ in range(4_000)])
             values, error, unsmoothed = samples.mean(0), 5 * samples.std(0) / len(samples) ** 0.5, values
             assert ((values - unsmoothed).abs() > error).any()
     assert np.allclose(np.std(actions - mean.numpy(), 0), std, rtol=0.2, atol=1e-6)
@@ -270,7 +270,7 @@ def value_of_last_state(script, env, agent, args):
     s = torch.tensor(np.float32(env.unwrapped.obs))[None]
     with torch.no_grad():
         smoothed = script is smoothie_closed_form
-        value = agent.qf.smoothed(s, agent.actor(s), agent.actor.log_var)[0] if smoothed else agent.qf(s, agent.actor(s))
+        value = agent.qfs[0].smoothed(s, agent.actor(s), agent.actor.log_var)[0] if smoothed else agent.qfs[0](s, agent.actor(s))
     return value.item() / args.reward_scale
 
 
@@ -314,8 +314,7 @@ def test_committed_data_name_their_versions():
 @pytest.mark.parametrize("path", sorted(glob.glob(os.path.join(DATA + "*", "*.json"))), ids=os.path.basename)
 def test_committed_data_have_the_flags_of_the_benchmark(path):
     """The defaults of the scripts and benchmark_settings.txt, as they are now, repeat the committed runs."""
-    with open(path) as file:
-        config = json.load(file)
+    config = read_run(path.removesuffix("json") + "csv", path).config
     flags = dataclasses.asdict(importlib.import_module(config["exp_name"]).Args())
     with open(os.path.join(ROOT, "benchmark_settings.txt")) as file:
         settings = [line.partition("#")[0].split() for line in file]

@@ -96,12 +96,12 @@ def test_action_gradient_of_ddpg_against_autograd(float64):
 def test_policy_gradients_are_equations_13_and_15(float64):
     """Each state's Jacobians, written out and averaged."""
     agent = smoothie_no_kl.Smoothie(OBS_DIM, ACTION_DIM, smoothie_no_kl.Args(log_var_lr=0.2))
-    agent.qf, observations, actor = critic(smoothie_no_kl), torch.randn(BATCH, OBS_DIM), agent.actor
+    agent.qfs[0], observations, actor = critic(smoothie_no_kl), torch.randn(BATCH, OBS_DIM), agent.actor
     agent.value_scale.fill_(3.0)
     with torch.no_grad():
         actor.log_var += torch.tensor([-1.0, 0.2, 1.0])
     phi = actor.log_var.detach().clone()
-    gradient, hessian = (d.detach() for d in agent.qf.action_derivatives(observations, actor(observations)))
+    gradient, hessian = (d.detach() for d in agent.qfs[0].action_derivatives(observations, actor(observations)))
     theta = {name: p.detach().clone() for name, p in actor.named_parameters() if name != "log_var"}
 
     def mean_of(theta, obs):
@@ -126,9 +126,9 @@ def test_policy_gradients_are_equations_13_and_15(float64):
 def test_ddpg_policy_gradient_is_that_of_q(float64):
     """(6) is the chain rule through Q(s, mu(s))."""
     agent = ddpg_continuous.DDPG(OBS_DIM, ACTION_DIM, ddpg_continuous.Args())
-    agent.qf, observations = critic(ddpg_continuous), torch.randn(BATCH, OBS_DIM)
+    agent.qfs[0], observations = critic(ddpg_continuous), torch.randn(BATCH, OBS_DIM)
     names, parameters = zip(*agent.actor.named_parameters(), strict=True)
-    expected = torch.autograd.grad(-agent.qf(observations, agent.actor(observations)).mean(), parameters)
+    expected = torch.autograd.grad(-agent.qfs[0](observations, agent.actor(observations)).mean(), parameters)
     agent.update_policy(observations)
     found = first_gradients(agent)
     for name, gradient in zip(names, expected, strict=True):
@@ -152,7 +152,7 @@ def test_update_policy_follows_algorithm_1(float64):
     """phi moves by its learning rate times (15) less lambda dKL/dphi; theta's Adam receives (13) less lambda dKL/dtheta."""
     args = smoothie_continuous.Args(log_var_init=-1.0, kl_coef=0.7, log_var_lr=0.2)
     agent = smoothie_continuous.Smoothie(OBS_DIM, ACTION_DIM, args)
-    torch.nn.init.normal_(agent.qf.fc_q.weight)
+    torch.nn.init.normal_(agent.qfs[0].fc_q.weight)
     agent.value_scale.fill_(3.0)
     with torch.no_grad():  # the lagged policy is another policy
         agent.target_actor.log_var += 0.3 * torch.randn(ACTION_DIM)
@@ -160,7 +160,7 @@ def test_update_policy_follows_algorithm_1(float64):
     observations = torch.randn(BATCH, OBS_DIM)
     phi, old_phi = agent.actor.log_var.detach().clone(), agent.target_actor.log_var
     mean, old_mean = agent.actor(observations), agent.target_actor(observations)
-    gradient, hessian = (d.detach() for d in agent.qf.action_derivatives(observations, mean))
+    gradient, hessian = (d.detach() for d in agent.qfs[0].action_derivatives(observations, mean))
     lam = args.kl_coef * 3.0
 
     dkl_dphi = 0.5 * ((phi - old_phi).exp() - 1)
@@ -178,13 +178,13 @@ def test_sigma_stops_at_half_the_range_and_comes_back(float64, monkeypatch, smoo
     """Where the values are convex phi grows up to 0 and no further; once they are concave it falls as if never held."""
     agent = smoothie.Smoothie(OBS_DIM, ACTION_DIM, smoothie.Args(log_var_lr=0.1))
     observations, phi = torch.randn(BATCH, OBS_DIM), agent.actor.log_var
-    in_closed_form = hasattr(agent.qf, "smoothed")
+    in_closed_form = hasattr(agent.qfs[0], "smoothed")
 
     def learn(curvature):
         hessian = torch.full((BATCH, ACTION_DIM), curvature)
         derivatives = (torch.zeros_like(hessian), hessian)
         found = (torch.zeros(BATCH), *derivatives) if in_closed_form else derivatives
-        monkeypatch.setattr(agent.qf, "smoothed" if in_closed_form else "action_derivatives", lambda *_: found)
+        monkeypatch.setattr(agent.qfs[0], "smoothed" if in_closed_form else "action_derivatives", lambda *_: found)
         agent.update_policy(observations)
 
     for _ in range(100):
@@ -201,8 +201,8 @@ def test_critic_converges_to_the_convolution():
     variance, frequency, updates = 0.25, 2.0, 800
     args = smoothie_continuous.Args(log_var_init=math.log(variance), reward_scale=1.0, max_grad_norm=math.inf)
     agent = smoothie_continuous.Smoothie(2, 1, args)
-    torch.nn.init.normal_(agent.qf.fc2.weight[:, -1:])  # features that span the range from the start: the update is on trial,
-    torch.nn.init.normal_(agent.qf.fc2.bias, std=2.0)  # not how long the usual initialisation takes to grow them
+    torch.nn.init.normal_(agent.qfs[0].fc2.weight[:, -1:])  # features that span the range from the start: the update is on trial,
+    torch.nn.init.normal_(agent.qfs[0].fc2.bias, std=2.0)  # not how long the usual initialisation takes to grow them
     buffer = smoothie_continuous.ReplayBuffer(20_000, 2, 1, rng)
     for action in rng.uniform(-3.0, 3.0, 20_000):
         buffer.add(np.zeros(2), [action], math.sin(frequency * action), np.zeros(2), True)
@@ -212,7 +212,7 @@ def test_critic_converges_to_the_convolution():
 
     a = torch.linspace(-1.2, 1.2, 81).unsqueeze(1)
     reward = torch.sin(frequency * a).squeeze(1)
-    learned = agent.qf(torch.zeros(81, 2), a).detach()
+    learned = agent.qfs[0](torch.zeros(81, 2), a).detach()
     smoothed = math.exp(-(frequency**2) * variance / 2) * reward
     assert (learned - smoothed).square().mean().sqrt() < 0.06
     assert (learned - reward).square().mean().sqrt() > 0.2  # what DDPG's critic would learn
@@ -231,8 +231,8 @@ def test_smoothie_without_covariance_is_ddpg(float64, module, monkeypatch):
     args = module.Args(log_var_init=-80.0, policy_lr=1e-3, tau=0.05, **without_kl)
     agent = module.Smoothie(OBS_DIM, ACTION_DIM, args)
     ddpg = ddpg_continuous.DDPG(OBS_DIM, ACTION_DIM, ddpg_continuous.Args(policy_lr=1e-3, tau=0.05))
-    for name in ("actor", "qf", "target_actor", "target_qf"):
-        getattr(ddpg, name).load_state_dict(getattr(agent, name).state_dict(), strict=name.endswith("qf"))
+    for name in ("actor", "qfs", "target_actor", "target_qfs"):
+        getattr(ddpg, name).load_state_dict(getattr(agent, name).state_dict(), strict=name.endswith("qfs"))
     start = agent.actor.fc2.weight.detach().clone()
     for _ in range(20):
         observations, next_observations = torch.randn(2, BATCH, OBS_DIM)
@@ -241,7 +241,7 @@ def test_smoothie_without_covariance_is_ddpg(float64, module, monkeypatch):
             learner.update(observations, batch)
         theirs = ddpg.state_dict()
         for name, value in agent.state_dict().items():
-            if name.split(".")[0] in ("actor", "target_actor", "qf", "target_qf") and "log_var" not in name:
+            if name.split(".")[0] in ("actor", "target_actor", "qfs", "target_qfs") and "log_var" not in name:
                 torch.testing.assert_close(value, theirs[name], rtol=1e-9, atol=1e-12)
     assert (agent.actor.fc2.weight - start).abs().max() > 1e-3
 
@@ -250,7 +250,7 @@ def test_targets_bootstrap_at_time_limits_and_not_at_terminations(script):
     """With values of 0 now and of 10 next, the loss is the mean square of the targets."""
     agent = agent_class(script)(OBS_DIM, ACTION_DIM, script.Args(gamma=0.9, reward_scale=0.5))
     with torch.no_grad():
-        for qf, value in [(agent.qf, 0.0), (agent.target_qf, 10.0)]:
+        for qf, value in [(agent.qfs[0], 0.0), (agent.target_qfs[0], 10.0)]:
             qf.fc_q.weight.zero_()
             qf.fc_q.bias.fill_(value)
     rewards, terminated = torch.tensor([1.0, 1.0, -4.0]), torch.tensor([0.0, 1.0, 0.0])
@@ -262,7 +262,7 @@ def test_targets_bootstrap_at_time_limits_and_not_at_terminations(script):
 def test_targets_follow_at_rate_tau(float64, script):
     """After the networks have learned, and all of them: those of the actor, phi and those of the critic."""
     agent = agent_class(script)(OBS_DIM, ACTION_DIM, script.Args(tau=0.25))
-    nets = [(agent.actor, agent.target_actor), (agent.qf, agent.target_qf)]
+    nets = [(agent.actor, agent.target_actor), (agent.qfs[0], agent.target_qfs[0])]
     before = [[p.clone() for p in target.parameters()] for _, target in nets]
     observations, actions = torch.randn(BATCH, OBS_DIM), torch.randn(BATCH, ACTION_DIM)
     agent.update(observations, (observations, actions, torch.ones(BATCH), observations, torch.zeros(BATCH)))

@@ -180,7 +180,7 @@ def test_nan_from_the_environment_is_reported_as_such(what):
         assert [row["global_step"] for row in csv.DictReader(file)][::2] == ["0", "100", "200"]
 
 
-@pytest.mark.parametrize("what", ["losses/qf1_loss", "qf.fc2.weight", "actor.fc1.bias"])
+@pytest.mark.parametrize("what", ["losses/qf1_loss", "qfs.0.fc2.weight", "actor.fc1.bias"])
 def test_divergence_stops_the_run(script, monkeypatch, what):
     """In a loss or in a weight, whichever it shows in; the environment is not blamed. What was logged stays."""
 

@@ -289,7 +289,7 @@ def test_a_damaged_or_malicious_checkpoint_is_refused(run_dir, damage):
     elif damage == "empty":
         path.write_bytes(b"")
     elif damage == "weights":
-        torch.save(state | {"agent": state["agent"] | {"qf.fc1.weight": state["agent"]["qf.fc1.weight"][:7]}}, path)
+        torch.save(state | {"agent": state["agent"] | {"qfs.0.fc1.weight": state["agent"]["qfs.0.fc1.weight"][:7]}}, path)
     elif damage == "transitions":
         os.truncate(f"{run_dir}/transitions.f32", 1000)
     elif damage == "torch":

@@ -21,12 +21,12 @@ class Plain:
 
     def __init__(self, script, agent):
         self.script, self.args = script, agent.args
-        self.actor, self.target_actor, self.qf, self.target_qf = (
-            copy.deepcopy(net).double() for net in (agent.actor, agent.target_actor, agent.qf, agent.target_qf)
+        self.actor, self.target_actor, self.qfs, self.target_qfs = (
+            copy.deepcopy(net).double() for net in (agent.actor, agent.target_actor, agent.qfs, agent.target_qfs)
         )
         self.theta = [p for name, p in self.actor.named_parameters() if name != "log_var"]
         self.actor_optimizer = torch.optim.Adam(self.theta, lr=self.args.policy_lr)
-        self.q_optimizer = torch.optim.Adam(self.qf.parameters(), lr=self.args.q_lr)
+        self.q_optimizer = torch.optim.Adam(self.qfs.parameters(), lr=self.args.q_lr)
         self.value_scale = 1.0
 
     def value(self, qf, observations, actions, actor):
@@ -47,7 +47,7 @@ class Plain:
         mean = self.actor(observations)
 
         def q(action, observation):
-            return self.value(self.qf, observation.unsqueeze(0), action.unsqueeze(0), self.actor).squeeze(0)
+            return self.value(self.qfs[0], observation.unsqueeze(0), action.unsqueeze(0), self.actor).squeeze(0)
 
         gradient = torch.vmap(torch.func.grad(q))(mean.detach(), observations).detach()
         objective = (gradient * mean).sum(1).mean()
@@ -72,22 +72,25 @@ class Plain:
                 self.actor.log_var -= args.log_var_lr / self.value_scale * self.actor.log_var.grad
 
             observations, actions, rewards, next_observations, terminated = batch
-            next_values = self.value(self.target_qf, next_observations, self.target_actor(next_observations), self.target_actor)
+            next_means, next_values = self.target_actor(next_observations), torch.full((BATCH,), math.inf)
+            for qf in self.target_qfs:
+                next_values = torch.minimum(next_values, self.value(qf, next_observations, next_means, self.target_actor))
             targets = args.reward_scale * rewards + args.gamma * torch.where(terminated == 1, 0.0, next_values)
             if smoothie:
                 if self.script is not smoothie_closed_form:
                     actions = actions + noise * self.actor.log_var.exp().sqrt()
                 self.value_scale = (1 - args.tau) * self.value_scale + args.tau * targets.abs().mean()
                 metrics["losses/value_scale"] = self.value_scale
-        values = self.qf(observations, actions)
-        loss = (values - targets).square().mean()
-        metrics |= {"losses/qf1_values": values.mean(), "losses/qf1_loss": loss}
         self.q_optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.qf.parameters(), args.max_grad_norm)
+        for qf in reversed(self.qfs):
+            values = qf(observations, actions)
+            loss = (values - targets).square().mean()
+            loss.backward()
+        metrics |= {"losses/qf1_values": values.mean(), "losses/qf1_loss": loss}  # the first critic's
+        torch.nn.utils.clip_grad_norm_(self.qfs.parameters(), args.max_grad_norm)
         self.q_optimizer.step()
         with torch.no_grad():
-            for net, target in [(self.actor, self.target_actor), (self.qf, self.target_qf)]:
+            for net, target in [(self.actor, self.target_actor), (self.qfs, self.target_qfs)]:
                 for p, lagged in zip(net.parameters(), target.parameters(), strict=True):
                     lagged.copy_((1 - args.tau) * lagged + args.tau * p)
         return {name: value.item() for name, value in metrics.items()}
@@ -109,7 +112,7 @@ def furthest(agent, weights):
 
 
 def weights_of(learner):
-    nets = {net: getattr(learner, net) for net in ("actor", "target_actor", "qf", "target_qf")}
+    nets = {net: getattr(learner, net) for net in ("actor", "target_actor", "qfs", "target_qfs")}
     weights = {f"{net}.{name}": value for net, module in nets.items() for name, value in module.state_dict().items()}
     return {name: value.to("cpu", torch.float64, copy=True) for name, value in weights.items()}
 
@@ -129,18 +132,21 @@ def compare(script, agent, updates=100):
     return *found, in_metrics, furthest(agent, start)
 
 
-def new_agent(script):
+def new_agent(script, critics=1):
     torch.manual_seed(0)
-    flags = {} if script is ddpg_continuous else {"log_var_init": -1.0}
+    flags = {"critics": critics, "max_grad_norm": 40.0} | ({} if script is ddpg_continuous else {"log_var_init": -1.0})
     if hasattr(script.Args, "kl_coef"):
         flags["kl_coef"] = 0.02  # large enough to be seen
     agent = agent_class(script)(OBS_DIM, ACTION_DIM, script.Args(batch_size=BATCH, **flags))
-    torch.nn.init.normal_(agent.qf.fc_q.weight, std=0.5)  # large derivatives, and a gradient that gets clipped
+    for qf, target in zip(agent.qfs, agent.target_qfs, strict=True):
+        for net in (qf, target):  # large derivatives, and gradients about half of which get clipped
+            torch.nn.init.normal_(net.fc_q.weight, std=0.5)
     return agent
 
 
-def test_update_is_the_plain_mathematics(float64, script):
-    after_one, after_all, in_metrics, way = compare(script, new_agent(script))
+@pytest.mark.parametrize("critics", [1, 2])
+def test_update_is_the_plain_mathematics(float64, script, critics):
+    after_one, after_all, in_metrics, way = compare(script, new_agent(script, critics))
     assert after_one < 1e-10 and after_all < 1e-8 and in_metrics < 1e-6 and way > 0.05, (after_one, after_all, in_metrics, way)
 
 
@@ -215,7 +221,7 @@ def test_the_kl_penalty_hardly_pulls_on_phi(float64, monkeypatch):
     """At most 0.2% of the pull of (15) where the curvature is steady, with the largest --kl-coef of benchmark_settings.txt."""
     args = smoothie_continuous.Args(kl_coef=1e-4)
     agent, hessian = smoothie_continuous.Smoothie(OBS_DIM, ACTION_DIM, args), torch.full((BATCH, ACTION_DIM), -0.1)
-    monkeypatch.setattr(agent.qf, "action_derivatives", lambda observations, actions: (torch.zeros_like(actions), hessian))
+    monkeypatch.setattr(agent.qfs[0], "action_derivatives", lambda observations, actions: (torch.zeros_like(actions), hessian))
     phi, old_phi, value_scale = agent.actor.log_var, agent.target_actor.log_var, agent.value_scale.fill_(30.0)
     for _ in range(1_000):
         agent.update_policy(torch.randn(BATCH, OBS_DIM))
@@ -229,16 +235,16 @@ def test_the_kl_penalty_hardly_pulls_on_phi(float64, monkeypatch):
 def test_networks_are_what_they_say(float64, script):
     """Shapes, activations and initial values, written out."""
     agent = agent_class(script)(OBS_DIM, ACTION_DIM, script.Args())
-    for layer in (agent.actor.fc_mean, agent.qf.fc_q):  # uniform within 3e-3, so that first values and means are small
+    for layer in (agent.actor.fc_mean, agent.qfs[0].fc_q):  # uniform within 3e-3, so that first values and means are small
         assert layer.weight.abs().max() <= 3e-3
         assert layer.weight.std().item() == pytest.approx(3e-3 / math.sqrt(3), rel=0.15)
-    for net, target in [(agent.actor, agent.target_actor), (agent.qf, agent.target_qf)]:
+    for net, target in [(agent.actor, agent.target_actor), (agent.qfs, agent.target_qfs)]:
         for p, lagged in zip(net.parameters(), target.parameters(), strict=True):
             assert torch.equal(p, lagged) and p.requires_grad and not lagged.requires_grad
     if script is not ddpg_continuous:
         assert agent.actor.log_var.tolist() == ACTION_DIM * [script.Args.log_var_init]
 
-    for net in (agent.actor, agent.qf):
+    for net in (agent.actor, agent.qfs[0]):
         for p in net.parameters():
             torch.nn.init.normal_(p, std=0.1)  # so that a wrong activation shows
     s, a = torch.randn(BATCH, OBS_DIM), torch.randn(BATCH, ACTION_DIM)
@@ -249,10 +255,10 @@ def test_networks_are_what_they_say(float64, script):
     assert h.shape == (BATCH, 300)
     torch.testing.assert_close(agent.actor(s), expected, rtol=0, atol=1e-12)
 
-    weights = {name.removesuffix(".weight"): p for name, p in agent.qf.named_parameters()}
+    weights = {name.removesuffix(".weight"): p for name, p in agent.qfs[0].named_parameters()}
     h = (s @ weights["fc1"].T + weights["fc1.bias"]).clamp(min=0)
     z = torch.cat([h, a], 1) @ weights["fc2"].T + weights["fc2.bias"]
     assert h.shape == (BATCH, 400) and z.shape == (BATCH, 300)
     relu, gelu = z.clamp(min=0), z * torch.distributions.Normal(0, 1).cdf(z)
     expected = [(h @ weights["fc_q"].T + weights["fc_q.bias"])[:, 0] for h in (relu, gelu)]
-    torch.testing.assert_close(agent.qf(s, a), expected[script is not smoothie_closed_form], rtol=0, atol=1e-12)
+    torch.testing.assert_close(agent.qfs[0](s, a), expected[script is not smoothie_closed_form], rtol=0, atol=1e-12)

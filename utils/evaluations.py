@@ -41,6 +41,7 @@ def read_run(csv_path, config_path):
             rows = np.loadtxt(csv_path, delimiter=",", skiprows=1, ndmin=2)
         steps, _, returns, _ = rows.T
         config["env_id"], config["exp_name"], config["seed"]
+        config.setdefault("critics", 1)  # older scripts, without this flag, have one critic
     except (OSError, ValueError, KeyError, TypeError) as error:
         sys.exit(f"{csv_path}: cannot read the evaluations or the config.json of this run ({error})")
     evaluated = np.unique(steps)

@@ -61,8 +61,8 @@ def compare(args, env, agent, episodes=EPISODES):
     def mean_and_value(obs):
         s = torch.as_tensor(obs, dtype=torch.float32)[None]
         mean = agent.actor(s)
-        smoothed = hasattr(agent.qf, "smoothed")  # the closed form's critic is Q, the others give the policy's value
-        value = agent.qf.smoothed(s, mean, agent.actor.log_var)[0] if smoothed else agent.qf(s, mean)
+        smoothed = hasattr(agent.qfs[0], "smoothed")  # the closed form's critic is Q, the others give the policy's value
+        value = agent.qfs[0].smoothed(s, mean, agent.actor.log_var)[0] if smoothed else agent.qfs[0](s, mean)
         return mean[0].numpy(), value.item() / args.reward_scale
 
     for episode in range(episodes):
