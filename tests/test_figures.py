@@ -269,8 +269,8 @@ def value_of_last_state(script, env, agent, args):
     """Return the critic's value of the policy in the state that the environment is in, in units of rewards."""
     s = torch.tensor(np.float32(env.unwrapped.obs))[None]
     with torch.no_grad():
-        smoothed = script is smoothie_closed_form
-        value = agent.qfs[0].smoothed(s, agent.actor(s), agent.actor.log_var)[0] if smoothed else agent.qfs[0](s, agent.actor(s))
+        qf, action = agent.qfs[0], agent.actor(s)
+        value = qf.smoothed(s, action, agent.actor.log_var)[0] if script is smoothie_closed_form else qf(s, action)
     return value.item() / args.reward_scale
 
 

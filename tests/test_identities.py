@@ -201,8 +201,9 @@ def test_critic_converges_to_the_convolution():
     variance, frequency, updates = 0.25, 2.0, 800
     args = smoothie_continuous.Args(log_var_init=math.log(variance), reward_scale=1.0, max_grad_norm=math.inf)
     agent = smoothie_continuous.Smoothie(2, 1, args)
-    torch.nn.init.normal_(agent.qfs[0].fc2.weight[:, -1:])  # features that span the range from the start: the update is on trial,
-    torch.nn.init.normal_(agent.qfs[0].fc2.bias, std=2.0)  # not how long the usual initialisation takes to grow them
+    # features that span the range from the start: the update is on trial, not how fast the usual initialisation grows them
+    torch.nn.init.normal_(agent.qfs[0].fc2.weight[:, -1:])
+    torch.nn.init.normal_(agent.qfs[0].fc2.bias, std=2.0)
     buffer = smoothie_continuous.ReplayBuffer(20_000, 2, 1, rng)
     for action in rng.uniform(-3.0, 3.0, 20_000):
         buffer.add(np.zeros(2), [action], math.sin(frequency * action), np.zeros(2), True)
