@@ -220,9 +220,9 @@ class DDPG(nn.Module):
         """One step of w on (8). A time limit bootstraps, a termination does not."""
         with torch.no_grad():
             next_actions = self.target_actor(next_observations)
-            next_values = torch.stack([qf(next_observations, next_actions) for qf in self.target_qfs])  # (critics, batch)
+            next_values = torch.stack([qf(next_observations, next_actions) for qf in self.target_qfs])
             targets = self.args.reward_scale * rewards + self.args.gamma * (1 - terminated) * next_values.amin(0)
-        values = torch.stack([qf(observations, actions) for qf in self.qfs])
+        values = torch.stack([qf(observations, actions) for qf in self.qfs])  # (critics, batch)
         losses = (values - targets).square().mean(1)
         norm = torch.nn.utils.get_total_norm(grads := torch.autograd.grad(losses.sum(), self.w))
         self.q_optimizer.step(torch._foreach_mul(grads, (self.args.max_grad_norm / norm).clamp(max=1.0)))

@@ -244,7 +244,7 @@ class Smoothie(nn.Module):
             next_values = torch.stack([qf.smoothed(next_observations, next_means, log_var)[0] for qf in self.target_qfs])
             targets = self.args.reward_scale * rewards + self.args.gamma * (1 - terminated) * next_values.amin(0)
             self.value_scale.lerp_(targets.abs().mean(), self.args.tau).clamp_(min=1e-6)
-        values = torch.stack([qf(observations, actions) for qf in self.qfs])
+        values = torch.stack([qf(observations, actions) for qf in self.qfs])  # (critics, batch)
         losses = (values - targets).square().mean(1)
         norm = torch.nn.utils.get_total_norm(grads := torch.autograd.grad(losses.sum(), self.w))
         self.q_optimizer.step(torch._foreach_mul(grads, (self.args.max_grad_norm / norm).clamp(max=1.0)))

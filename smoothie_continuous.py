@@ -243,11 +243,11 @@ class Smoothie(nn.Module):
         """One step of w on (18), the buffer taken as near-uniform. A time limit bootstraps, a termination does not."""
         with torch.no_grad():
             next_actions = self.target_actor(next_observations)
-            next_values = torch.stack([qf(next_observations, next_actions) for qf in self.target_qfs])  # (critics, batch)
+            next_values = torch.stack([qf(next_observations, next_actions) for qf in self.target_qfs])
             targets = self.args.reward_scale * rewards + self.args.gamma * (1 - terminated) * next_values.amin(0)
             phantom_actions = actions + (0.5 * self.actor.log_var).exp() * torch.randn_like(actions)
             self.value_scale.lerp_(targets.abs().mean(), self.args.tau).clamp_(min=1e-6)
-        values = torch.stack([qf(observations, phantom_actions) for qf in self.qfs])
+        values = torch.stack([qf(observations, phantom_actions) for qf in self.qfs])  # (critics, batch)
         losses = (values - targets).square().mean(1)
         norm = torch.nn.utils.get_total_norm(grads := torch.autograd.grad(losses.sum(), self.w))
         self.q_optimizer.step(torch._foreach_mul(grads, (self.args.max_grad_norm / norm).clamp(max=1.0)))
