@@ -72,7 +72,7 @@ class Args:
     reward_scale: float = 0.1  # factor on the rewards that the critic sees (Section 6.2); logged returns are not scaled
     policy_lr: float = 1e-4  # learning rate of theta, by Adam: eta_pi of Algorithm 1
     q_lr: float = 1e-3  # learning rate of w, by Adam: eta_Q of Algorithm 1
-    critics: int = 1  # number of critics; targets use the smallest of their values, as in TD3 (Fujimoto et al., 2018)
+    critics: int = 1  # number of critics; the policy follows the first, targets use the smallest value, as in TD3
     max_grad_norm: float = 4.0  # bound on the norm of the critics' gradient; inf turns clipping off
     log_var_init: float = -2.0  # phi_0, the initial log-variance of each action dimension; Sigma = e^phi (Section 6.2)
     log_var_lr: float = 0.3  # learning rate of phi, by gradient ascent, divided by value_scale: eta_pi
@@ -174,7 +174,7 @@ class ReplayBuffer:
         return obs, actions, rewards.squeeze(1), next_obs, terminated.squeeze(1)
 
     def last(self, n, file):
-        """Return views of the last n rows and seek the file to their place: row i of the run starts at byte i * row size."""
+        """Return views of the last n rows and move the file position there: row i of the run starts at byte i * row size."""
         file.seek((self.count - n) * self.rows[0].nbytes)
         i, j = (self.count - n) % len(self.rows), self.count % len(self.rows)
         return [self.rows[i:j]] if i < j or n == 0 else [self.rows[i:], self.rows[:j]]
@@ -258,7 +258,7 @@ def compile_update(update, device):
     """Return update() compiled into one graph, on a GPU a CUDA graph, or unchanged where nothing can be compiled."""
     try:
         torch.compile(torch.sin)(torch.zeros(8, device=device))
-    except Exception as error:  # no C++ compiler or no headers, say
+    except Exception as error:  # e.g. no C++ compiler or headers
         print(f"cannot compile, so updates will be slower ({type(error).__name__})", file=sys.stderr)
         return update
     tqdm.write("the first update compiles, which takes up to a minute")
@@ -389,7 +389,7 @@ def main(args):
                 speed = f", {sps:.0f} steps/s"
                 logs |= losses | {"charts/SPS": sps} | {f"policy/std_{i}": std_i for i, std_i in enumerate(std)}
         if (step % args.eval_frequency == 0 or last) and not (evaluations and evaluations[-1][0] == step):
-            check_finite(losses, agent, step)  # before it replaces policy.pt
+            check_finite(losses, agent, step)  # so that a diverged policy does not replace policy.pt
             if results := evaluate(agent.actor, eval_env, args, run_dir / f"step_{step}.mp4"):
                 evaluations += [[step, episode, *result] for episode, result in enumerate(results)]
                 rows = [["global_step", "episode", "episodic_return", "episodic_length"], *evaluations]

@@ -223,7 +223,7 @@ def summary(name, path):
 
 
 def check(args):
-    """Exit with an error message if a flag is out of range or NaN, or if the picture cannot be written."""
+    """Exit with an error message if a flag is out of range or NaN, or --output is not a picture in a folder that exists."""
     limits = {"seed": (0, 2**31), "learning_starts": (0, args.total_timesteps - 1)}
     for name, value in asdict(args).items():
         low, high = limits.get(name, (1 if type(value) is int else 0, 1e9))

@@ -92,7 +92,7 @@ class Unbounded(Recorder):
 
 
 class Square(Recorder):
-    """A matrix of actions, which no vector of two may stand for."""
+    """Actions are a matrix, which the scripts refuse."""
 
     action_space = gym.spaces.Box(-1.0, 1.0, (2, 2), np.float32)
 

@@ -66,7 +66,7 @@ def test_the_critic_learns_at_the_replayed_actions_on_averaged_targets(float64, 
     agent = smoothie_closed_form.Smoothie(OBS_DIM, ACTION_DIM, args)
     for qf in (agent.qfs[0], agent.target_qfs[0]):
         torch.nn.init.normal_(qf.fc_q.weight)
-    with torch.no_grad():  # the lagged policy is another policy
+    with torch.no_grad():  # make the target policy differ
         agent.target_actor.log_var -= 0.7
         agent.target_actor.fc_mean.bias += 0.3
     observations, next_observations = torch.randn(2, 2, OBS_DIM)
@@ -135,7 +135,7 @@ def learned_from_the_policys_own_actions(script, frequency, variance, a):
 
 
 def test_on_policy_actions_give_the_exact_convolution_only_in_closed_form():
-    """Phantom actions around the policy's own N(0, Sigma) say of a~ that it is N(a / 2, Sigma / 2): half the slope of (9)."""
+    """Given a phantom action a, the policy's own a~ ~ N(0, Sigma) is N(a / 2, Sigma / 2): half the slope of (9)."""
     frequency, variance = 1.0, 0.5
     a = torch.linspace(-0.7, 0.7, 41).unsqueeze(1)
     exact = math.exp(-(frequency**2) * variance / 2) * torch.sin(frequency * a).squeeze(1)

@@ -156,7 +156,7 @@ def test_evaluation_runs_the_mean_action_on_seeds_of_its_own(trained):
     expected = (high + low) / 2 + (high - low) / 2 * trained.mean_action(trained.evaluation.seen)
     np.testing.assert_allclose(trained.evaluation.received, expected, rtol=0, atol=1e-6)
     seeds = trained.evaluation.seeds
-    assert seeds[:3] == [10_003, 10_004, 10_005], "each episode is another, and a neighbouring run shares all but one"
+    assert seeds[:3] == [10_003, 10_004, 10_005], "each episode differs, and the next seed's run shares all but one"
     assert seeds == 4 * seeds[:3], "each evaluation plays the same episodes"
     assert not set(seeds) & set(trained.training.seeds)
     assert len(set(trained.training.seeds)) == len(trained.training.seeds) == 1 + STEPS // 6

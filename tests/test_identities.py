@@ -154,7 +154,7 @@ def test_update_policy_follows_algorithm_1(float64):
     agent = smoothie_continuous.Smoothie(OBS_DIM, ACTION_DIM, args)
     torch.nn.init.normal_(agent.qfs[0].fc_q.weight)
     agent.value_scale.fill_(3.0)
-    with torch.no_grad():  # the lagged policy is another policy
+    with torch.no_grad():  # make the target policy differ
         agent.target_actor.log_var += 0.3 * torch.randn(ACTION_DIM)
         agent.target_actor.fc_mean.bias += 0.2
     observations = torch.randn(BATCH, OBS_DIM)

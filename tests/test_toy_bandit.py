@@ -69,7 +69,7 @@ def test_figure_2(monkeypatch):
 
 
 def test_weights_are_one_over_the_density_of_the_behaviour(monkeypatch):
-    """The policy rests, so every action, those before the first step among them, was drawn from N(-1, 1)."""
+    """The policy does not learn here, so every action, also those before the first update, is drawn from N(-1, 1)."""
     grid, seen = torch.linspace(-6.0, 6.0, 601), []
 
     def spy(density, cells, count, max_weight, original=toy.importance_weights):

@@ -4,9 +4,9 @@
 
 A run needs a checkpoint (--checkpoint-frequency), as those of benchmark.sh have. Its policy acts for ten episodes from the
 starts of the run's evaluations: with noise for Smoothie, without for DDPG, as each critic assumes. `expected` is the
-critic's value of the policy, `actual` the discounted sum of the rewards that follow, in units of rewards; both are means over
-all states. At a time limit the critic's own value stands for the rewards to come, which brings the two closer. `saturated` is
-the share of the mean's components beyond 0.97 in absolute value, where the slope of the tanh is below 0.06.
+first critic's value of the policy, `actual` the discounted sum of the rewards that follow, in units of rewards; both are means
+over all states. At a time limit the critic's own value stands for the rewards to come, which brings the two closer. `saturated`
+is the share of the mean's components beyond 0.97 in absolute value, where the slope of the tanh is below 0.06.
 """
 
 import importlib
