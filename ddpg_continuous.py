@@ -64,7 +64,7 @@ class Args:
     reward_scale: float = 0.1  # factor on the rewards that the critic sees (Section 6.2); logged returns are not scaled
     policy_lr: float = 1e-4  # learning rate of theta, by Adam
     q_lr: float = 1e-3  # learning rate of w, by Adam
-    critics: int = 1  # number of critics; the policy follows the first, targets use the smallest value, as in TD3
+    critics: int = 1  # number of critics; the policy follows the first, targets the smallest (TD3, Fujimoto et al., 2018)
     max_grad_norm: float = 4.0  # bound on the norm of the critics' gradient; inf turns clipping off
     ou_theta: float = 0.15  # damping of the Ornstein-Uhlenbeck exploration (Section 6.2); 1 makes the noise independent
     ou_sigma: float = 0.1  # scale of the Ornstein-Uhlenbeck exploration, in normalised units per step (Section 6.2)
@@ -122,7 +122,7 @@ class Actor(nn.Module):
 
 
 class QNetwork(nn.Module):
-    """Q_w(s, a) (batch,)."""
+    """Q_w(s, a) (batch,). The layer that the action enters is GELU, as in Smoothie."""
 
     def __init__(self, obs_dim, action_dim):
         super().__init__()

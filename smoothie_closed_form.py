@@ -72,7 +72,7 @@ class Args:
     reward_scale: float = 0.1  # factor on the rewards that the critic sees (Section 6.2); logged returns are not scaled
     policy_lr: float = 1e-4  # learning rate of theta, by Adam: eta_pi of Algorithm 1
     q_lr: float = 1e-3  # learning rate of w, by Adam: eta_Q of Algorithm 1
-    critics: int = 1  # number of critics; the policy follows the first, targets use the smallest value, as in TD3
+    critics: int = 1  # number of critics; the policy follows the first, targets the smallest (TD3, Fujimoto et al., 2018)
     max_grad_norm: float = 4.0  # bound on the norm of the critics' gradient; inf turns clipping off
     log_var_init: float = -2.0  # phi_0, the initial log-variance of each action dimension; Sigma = e^phi (Section 6.2)
     log_var_lr: float = 0.3  # learning rate of phi, by gradient ascent, divided by value_scale: eta_pi

@@ -1,5 +1,6 @@
 """utils: from run folders to data, figures and tables, and the committed results."""
 
+import csv
 import dataclasses
 import filecmp
 import glob
@@ -9,6 +10,7 @@ import os
 import re
 import resource
 import runpy
+from collections import defaultdict
 
 import collect
 import figures
@@ -17,7 +19,7 @@ import pytest
 import table
 import torch
 import value_estimates
-from evaluations import align, bootstrap_interval, interquartile_mean, read_data, read_run, t_interval
+from evaluations import LABELS, align, bootstrap_interval, interquartile_mean, read_data, read_run, t_interval
 from scipy import stats
 
 import ddpg_continuous
@@ -298,6 +300,39 @@ def test_committed_figures_and_tables_come_from_the_committed_data(capsys):
     assert len(lines) == 2
     for line in "".join(lines).splitlines():
         assert "1000k" in line or line in readme, f"results/README.md lacks {line!r}"
+
+
+def read_csv(name):
+    with open(os.path.join(ROOT, "results", name)) as file:
+        return list(csv.DictReader(file))
+
+
+def test_readmes_quote_the_committed_runs():
+    """The return of a run is the mean of its last 10 evaluations, in the CSV files and in the tables written by hand."""
+    with open(os.path.join(ROOT, "README.md")) as main, open(os.path.join(ROOT, "results", "README.md")) as detailed:
+        readme, results = main.read(), detailed.read().replace("–, ", "")
+    quotes, runs = [], defaultdict(list)
+    for folder, steps in [(DATA, "300k"), (LONG_DATA, "1000k")]:
+        for scripts in read_data(folder).values():
+            cells = [", ".join(f"{run.returns[-10:].mean():,.0f}" for run in scripts.get(script, [])) for script in LABELS]
+            quotes.append((readme, re.sub(" +", " ", f"| {steps} | {' | '.join(cells)} |")))
+    for row in read_csv("training_returns.csv"):
+        runs[row["task"], "", row["script"]].append(f"{int(row['mean_return']):,}")
+    for task in {task for task, *_ in runs}:
+        smoothie, ddpg = (", ".join(runs[task, "", script]) for script in ("smoothie_continuous", "ddpg_continuous"))
+        quotes.append((results, f"| {task} | {smoothie} | {ddpg} |"))
+    runs.clear()
+    for row in (row for name in ("two_critics", "tuning", "tuning_300k", "continued") for row in read_csv(f"{name}.csv")):
+        curve = [float(value) for step, value in row.items() if step.isdigit() and value]
+        assert abs(np.mean(curve[-10:]) - int(row["last_10"])) <= 1, row
+        if "expected" in row and int(row["seed"]) < 200:  # two critics, without the tuning seeds
+            value = f"{int(row['last_10']):,}"
+            quotes.append((results, f"{value} ({row['full_length_percent']}%)"))
+            quotes.append((results, f"| {row['expected']} / {row['actual']} |"))
+            runs[row["task"], row["flags"], row["script"]].append(value)
+    quotes += [(readme, ", ".join(values)) for values in runs.values()]
+    for text, quote in quotes:
+        assert quote in text, f"README.md lacks {quote}"
 
 
 def test_committed_data_name_their_versions():

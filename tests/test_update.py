@@ -118,7 +118,7 @@ def weights_of(learner):
 
 
 def compare(script, agent, updates=100):
-    """Run both. Return the largest differences: in weights after one update and all, in logs. And how far the weights moved."""
+    """Run both. Return the largest difference in weights after one update, after all, in metrics, and how far weights moved."""
     plain, start, found, in_metrics = Plain(script, agent), weights_of(agent), [], 0.0
     for step, (observations, batch) in enumerate(itertools.islice(draws(next(agent.parameters()).dtype), updates)):
         torch.manual_seed(step)

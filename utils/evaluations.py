@@ -54,7 +54,7 @@ def in_order(names, known):
 
 
 def differing(configs):
-    """Return the flags that differ between the configs and may not differ between seeds of an experiment."""
+    """Return the flags that differ between the configs, apart from those that may differ between seeds."""
     return [key for key in sorted(set().union(*configs) - MAY_DIFFER) if len({str(config.get(key)) for config in configs}) > 1]
 
 
