@@ -331,8 +331,26 @@ def test_readmes_quote_the_committed_runs():
             quotes.append((results, f"| {row['expected']} / {row['actual']} |"))
             runs[row["task"], row["flags"], row["script"]].append(value)
     quotes += [(readme, ", ".join(values)) for values in runs.values()]
+    for scripts in read_data(LONG_DATA, last_step=300_000).values():
+        for script in ("smoothie_continuous", "ddpg_continuous"):
+            first, second, third = (f"{run.returns[-10:].mean():,.0f}" for run in scripts[script])
+            quotes.append((results.replace("\n", " "), f"{first}, {second} and {third}"))
     for text, quote in quotes:
         assert quote in text, f"README.md lacks {quote}"
+
+
+def test_the_table_of_falls_comes_from_the_committed_data():
+    with open(os.path.join(ROOT, "results", "README.md")) as file:
+        section = re.search("### Falls\n\n.*\n.*\n((?:\\|.*\n)+)", file.read())
+    scripts = {label: script for script, label in LABELS.items()}
+    for line in section[1].splitlines():
+        task, steps, label, share, unhurt, others = line.strip("| ").split(" | ")
+        folder = {"300k": DATA, "1000k": LONG_DATA}[steps]
+        paths = glob.glob(os.path.join(folder, f"{task}__{scripts[label]}__*.csv"))
+        episodes = np.concatenate([np.loadtxt(path, delimiter=",", skiprows=1)[-100:] for path in paths])
+        full = episodes[:, 3] == 1000
+        means = [f"{episodes[rows, 2].mean():,.0f}" for rows in (full, ~full)]
+        assert [share.split(",")[0], unhurt, others] == [f"{full.mean():.0%}", *means], line
 
 
 def test_committed_data_name_their_versions():
