@@ -9,7 +9,7 @@ Q is learned from replayed (s, a, r, s') with targets r + gamma Q'(s', mu'(s')):
     theta        actor.parameters()     theta', w'         target_actor, target_qfs (Polyak averages at rate tau)
     w            qfs.parameters()       mu_theta(s)        actor(observations)
                                         dQ/da              qf.action_gradient(observations, actions)
-E_s is a mean over replayed states. Actions are in normalised units except in the environment: 1 is half of their range.
+In E_s, replayed states stand in for the policy's. Actions are in units of half their range, except in the environment.
 Equation numbers are those of the Smoothie paper (Nachum et al., ICML 2018). Exploration is an Ornstein-Uhlenbeck process.
 """
 # /// script
@@ -64,7 +64,7 @@ class Args:
     reward_scale: float = 0.1  # factor on the rewards that the critic sees (Section 6.2); logged returns are not scaled
     policy_lr: float = 1e-4  # learning rate of theta, by Adam
     q_lr: float = 1e-3  # learning rate of w, by Adam
-    critics: int = 1  # number of critics; the policy follows the first, targets the smallest (TD3, Fujimoto et al., 2018)
+    critics: int = 1  # number of critics; the policy uses the first, the target the smallest value (TD3, Fujimoto et al., 2018)
     max_grad_norm: float = 4.0  # bound on the norm of the critics' gradient; inf turns clipping off
     ou_theta: float = 0.15  # damping of the Ornstein-Uhlenbeck exploration (Section 6.2); 1 makes the noise independent
     ou_sigma: float = 0.1  # scale of the Ornstein-Uhlenbeck exploration, in normalised units per step (Section 6.2)

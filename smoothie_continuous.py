@@ -18,7 +18,7 @@ Where the buffer is near-uniform in a~, these targets average to those of the sm
     phi          actor.log_var          mu_theta(s)        actor(observations)
     Sigma_phi    exp(actor.log_var)     dQ~/da, d2Q~/da2   qf.action_derivatives(observations, actions)
     w            qfs.parameters()       lambda             args.kl_coef * value_scale
-E_s is a mean over replayed states. Actions are in normalised units except in the environment: 1 is half of their range.
+In E_s, replayed states stand in for the policy's. Actions are in units of half their range, except in the environment.
 """
 # /// script
 # requires-python = ">=3.11"
@@ -72,7 +72,7 @@ class Args:
     reward_scale: float = 0.1  # factor on the rewards that the critic sees (Section 6.2); logged returns are not scaled
     policy_lr: float = 1e-4  # learning rate of theta, by Adam: eta_pi of Algorithm 1
     q_lr: float = 1e-3  # learning rate of w, by Adam: eta_Q of Algorithm 1
-    critics: int = 1  # number of critics; the policy follows the first, targets the smallest (TD3, Fujimoto et al., 2018)
+    critics: int = 1  # number of critics; the policy uses the first, the target the smallest value (TD3, Fujimoto et al., 2018)
     max_grad_norm: float = 4.0  # bound on the norm of the critics' gradient; inf turns clipping off
     log_var_init: float = -2.0  # phi_0, the initial log-variance of each action dimension; Sigma = e^phi (Section 6.2)
     log_var_lr: float = 0.3  # learning rate of phi, by gradient ascent, divided by value_scale: eta_pi

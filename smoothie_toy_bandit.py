@@ -1,8 +1,8 @@
 """Smoothie against DDPG on a one-step task with two modes (Nachum et al., ICML 2018, Sections 3 and 6.1, Figures 1 and 2).
 
-The reward is a mixture of two Gaussian bumps, and the policy N(mu, sigma^2) starts on the worse one. There the gradient of the
-reward points back to that bump; the gradient of the smoothed reward points to the better one. For bumps the smoothed value (9)
-has a closed form, with v = width^2 + sigma^2:
+The reward is a mixture of two Gaussian bumps, and the policy N(mu, sigma^2) starts on top of the worse one. Nearby, the
+gradient of the reward points back to that top; the gradient of the smoothed reward points to the better bump. The smoothed
+value (9) has a closed form, with v = width^2 + sigma^2:
 
     Q~(a) = sum_k height_k * width / sqrt(v) * exp(-(a - mode_k)^2 / (2 v))
 
