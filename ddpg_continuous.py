@@ -9,7 +9,7 @@ Q is learned from replayed (s, a, r, s') with targets r + gamma Q'(s', mu'(s')):
     theta        actor.parameters()     theta', w'         target_actor, target_qfs (Polyak averages at rate tau)
     w            qfs.parameters()       mu_theta(s)        actor(observations)
                                         dQ/da              qf.action_gradient(observations, actions)
-In E_s, replayed states stand in for the policy's. Actions are in units of half their range, except in the environment.
+In E_s, replayed states stand in for the policy's. Actions are in normalised units, half their range, except in the environment.
 Equation numbers are those of the Smoothie paper (Nachum et al., ICML 2018). Exploration is an Ornstein-Uhlenbeck process.
 """
 # /// script

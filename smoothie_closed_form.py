@@ -18,7 +18,7 @@ expectation, no phantom actions and no near-uniform buffer. max O_TR = O - lambd
     phi          actor.log_var          mu_theta(s)        actor(observations)
     Sigma_phi    exp(actor.log_var)     dQ~/da, d2Q~/da2   qf.smoothed(observations, actions, log_var)
     w            qfs.parameters()       lambda             args.kl_coef * value_scale
-In E_s, replayed states stand in for the policy's. Actions are in units of half their range, except in the environment.
+In E_s, replayed states stand in for the policy's. Actions are in normalised units, half their range, except in the environment.
 """
 # /// script
 # requires-python = ">=3.11"

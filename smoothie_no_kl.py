@@ -17,7 +17,7 @@ Where the buffer is near-uniform in a~, these targets average to those of the sm
     phi          actor.log_var          mu_theta(s)        actor(observations)
     Sigma_phi    exp(actor.log_var)     dQ~/da, d2Q~/da2   qf.action_derivatives(observations, actions)
     w            qfs.parameters()
-In E_s, replayed states stand in for the policy's. Actions are in units of half their range, except in the environment.
+In E_s, replayed states stand in for the policy's. Actions are in normalised units, half their range, except in the environment.
 """
 # /// script
 # requires-python = ">=3.11"
