@@ -41,28 +41,17 @@ MAX_STD = 10.0  # a covariance this wide has blown up; its seed stops learning a
 
 @dataclass
 class Args:
-    output: str = "smoothie_toy_bandit.png"
-    """the picture to write: Figure 2 of the paper"""
-    seeds: int = 20
-    """independent runs of each method"""
-    seed: int = 1
-    """seed of everything random"""
-    total_timesteps: int = 4_500
-    """actions taken, one update each"""
-    learning_starts: int = 1_000
-    """first steps, in which the critic learns and the policy does not change"""
-    prefill: int = 1_000
-    """actions of the initial policy in the replay buffer before the first step"""
-    batch_size: int = 256
-    """size of a batch"""
-    policy_lr: float = 1e-2
-    """learning rate of mu, by plain gradient ascent as Algorithm 1 prints it"""
-    log_var_lr: float = 1.5e-2
-    """learning rate of phi = log sigma^2, by plain gradient ascent"""
-    q_lr: float = 3e-3
-    """learning rate of the critic, by Adam"""
-    max_weight: float = 50.0
-    """cap on the weights 1 / q(a~) of (18)"""
+    output: str = "smoothie_toy_bandit.png"  # the picture to write: Figure 2 of the paper
+    seeds: int = 20  # independent runs of each method
+    seed: int = 1  # seed of everything random
+    total_timesteps: int = 4_500  # actions taken, one update each
+    learning_starts: int = 1_000  # first steps, in which the critic learns and the policy does not change
+    prefill: int = 1_000  # actions of the initial policy in the replay buffer before the first step
+    batch_size: int = 256  # size of a batch
+    policy_lr: float = 1e-2  # learning rate of mu, by plain gradient ascent as Algorithm 1 prints it
+    log_var_lr: float = 1.5e-2  # learning rate of phi = log sigma^2, by plain gradient ascent
+    q_lr: float = 3e-3  # learning rate of the critic, by Adam
+    max_weight: float = 50.0  # cap on the weights 1 / q(a~) of (18)
 
 
 def reward(a):
