@@ -1,47 +1,58 @@
-"""Smoothie with the smoothed critic in closed form: our variant of Nachum et al. (ICML 2018), without phantom actions.
+"""Smoothie with the smoothed critic in closed form: our variant of Nachum et al. (ICML 2018).
 
-    Q~(s, a) = E[Q(s, a~)],  a~ ~ N(a, Sigma)                                                                    (9)
+Smoothie follows the gradient and the Hessian of a smoothed critic,
 
-The action enters a ReLU critic at its last hidden layer: Q(s, a) = w.relu(z) + c with z = W_s e(s) + W_a a + b. Around a, the
-input of unit j is N(z_j, s_j^2), s_j^2 = sum_i (W_a)_ji^2 Sigma_ii. With u ~ N(0, 1) and u pdf(u) = -pdf'(u),
+    Q~(s, a) = E[Q(s, a~)],  a~ ~ N(a, Sigma)                                               (9)
 
-    E[relu(z + s u)] = z cdf(z/s) + s pdf(z/s),   whose derivatives in z are cdf(z/s) and pdf(z/s) / s,   so that
+which the paper learns from phantom actions. If the action enters a GELU critic at its last
+hidden layer, Q(s, a) = w.gelu(z) + c with z = W_s e(s) + W_a a + b, no learning is needed. Around
+a the input of unit j is N(z_j, s_j^2), s_j^2 = sum_i (W_a)_ji^2 Sigma_ii, and with the density
+pdf and the distribution function cdf of N(0, 1), r = sqrt(1 + s^2) and x = z / r
 
-    Q~(s, a)    = w.(z cdf(z/s) + s pdf(z/s)) + c
-    dQ~/da      = (w * cdf(z/s)) W_a             grad_theta O = E_s[ dQ~/da  at a = mu(s), times grad_theta mu(s) ]   (13)
-    d2Q~/da_i^2 = (w * pdf(z/s) / s) (W_a^2)_i   grad_phi   O = E_s[ 1/2 d2Q~/da2 at a = mu(s), times grad_phi Sigma ] (15)
+    E[gelu]         = z cdf(x) + s^2 / r pdf(x)              Q~(s, a)    = w.E[gelu] + c
+    its derivative  = cdf(x) + x pdf(x) / r^2                dQ~/da      = (w * first) W_a
+    its second      = pdf(x) / r (1 + (1 - x^2) / r^2)       d2Q~/da_i^2 = (w * second) (W_a^2)_i
 
-Theorem 1 (14) holds by construction. Q is fitted at the replayed actions to r + gamma Q~'(s', mu'(s')): (16) with an exact
-expectation, no phantom actions and no near-uniform buffer. max O_TR = O - lambda E_s[ KL(pi || pi_old) ]       (20)
+which at s = 0 are gelu, gelu' and gelu''. The policy N(mu_theta(s), Sigma_phi) follows
 
-    theta        the actor's layers     theta', phi', w'   target_actor, target_qfs (Polyak averages at rate tau)
-    phi          actor.log_var          mu_theta(s)        actor(observations)
-    Sigma_phi    exp(actor.log_var)     dQ~/da, d2Q~/da2   qf.smoothed(observations, actions, log_var)
-    w            qfs.parameters()       lambda             args.kl_coef * value_scale
-In E_s, replayed states stand in for the policy's. Actions are in normalised units, half their range, except in the environment.
+    grad_theta O = E_s[ dQ~/da at mu(s), times grad_theta mu(s) ]                          (13)
+    grad_phi   O = E_s[ 1/2 d2Q~/da2 at mu(s), times grad_phi Sigma ]                (14), (15)
+    max O_TR = O - lambda E_s[ KL(pi || pi_old) ]                                          (20)
+
+and Q is learned at the replayed actions from targets r + gamma Q~'(s', mu'(s')): (16) with an
+exact expectation. As Sigma goes to 0, the updates become those of ddpg_continuous.py.
+
+    theta       the actor's layers    theta', phi', w'  target_actor, target_qfs
+    phi         actor.log_var         mu_theta, phi     actor(observations)
+    Sigma_phi   exp(actor.log_var)    Q~, its derivatives  qf.smoothed(...)
+    w           qfs.parameters()      lambda            args.kl_coef * value_scale
+
+In E_s, replayed states stand in for the policy's. Actions are in normalised units, half their
+range, everywhere but in the environment.
 """
 # /// script
-# requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==3.3.7", "numpy==2.4.6", "tyro==1.0.17",
-#     "tensorboard==2.21.0", "tqdm==4.70.1", "wandb==0.31.0", "imageio-ffmpeg==0.8.1"]
+# requires-python = ">=3.11,<3.14"
+# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==3.3.7", "numpy==2.4.6",
+#     "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1", "wandb==0.31.0", "moviepy==2.2.1"]
 # ///
 
+import contextlib
 import copy
-import hashlib
+import csv
+import functools
 import importlib.metadata
-import io
 import json
 import math
-import signal
-import subprocess
+import re
+import shutil
 import sys
 import time
+import uuid
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import gymnasium as gym
-import imageio
 import numpy as np
 import torch
 import tyro
@@ -50,7 +61,15 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 LOG_FREQUENCY = 100  # environment steps between two records of the losses
-STOP, signals = {signal.SIGINT, signal.SIGTERM}, []  # the signals that stop a run; those received so far
+PACKAGES = ["torch", "gymnasium", "mujoco", "numpy"]  # whose versions are recorded
+MAY_CHANGE = {  # flags that a run may change when it goes on
+    "total_timesteps",
+    "checkpoint_frequency",
+    "track",
+    "wandb_project_name",
+    "capture_video",
+    "run_dir",
+}
 
 
 @dataclass
@@ -58,392 +77,576 @@ class Args:
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
     seed: int = 1  # seed of the networks, exploration, replay and environment
     cuda: bool = True  # use the GPU if there is one
-    compile: bool = True  # compile the update into one graph: slower to start, then 1.4 to 2.1 times as fast
+    compile: bool = True  # compile the updates: slower to start, then 1.4 to 2.1 times as fast
     threads: int = 1  # CPU threads that PyTorch uses
     track: bool = False  # mirror every logged value to Weights & Biases
     wandb_project_name: str = "smoothie"  # the Weights & Biases project
+    capture_video: bool = False  # film the first episode of each evaluation
+    run_dir: str | None = None  # folder of the run; a run goes on from the checkpoint in it
+    checkpoint_frequency: int = 50_000  # least steps between two checkpoints, which need disk space
+
     env_id: str = "Hopper-v4"  # gymnasium task with bounded Box actions (Section 6.2)
     total_timesteps: int = 1_000_000  # environment steps: N of Algorithm 1
-    learning_starts: int = 1_000  # first steps, random and without updates; 10_000 is better on HalfCheetah
+    learning_starts: int = 10_000  # first steps, random and without updates
     buffer_size: int = 1_000_000  # transitions that the replay buffer keeps
-    batch_size: int = 64  # transitions in each of the two batches of an update: B of Algorithm 1
+    batch_size: int = 128  # transitions in each of the two batches of an update: B
     gamma: float = 0.99  # discount factor (Section 2.1)
-    tau: float = 0.01  # rate of the Polyak averages theta', phi', w': the target network lag of Algorithm 1
-    reward_scale: float = 0.1  # factor on the rewards that the critic sees (Section 6.2); logged returns are not scaled
-    policy_lr: float = 1e-4  # learning rate of theta, by Adam: eta_pi of Algorithm 1
+    tau: float = 0.005  # rate of the Polyak averages theta', phi', w'
+    policy_lr: float = 3e-4  # learning rate of theta, by Adam: eta_pi of Algorithm 1
     q_lr: float = 1e-3  # learning rate of w, by Adam: eta_Q of Algorithm 1
-    critics: int = 1  # number of critics; the policy uses the first, the target the smallest value (TD3, Fujimoto et al., 2018)
-    max_grad_norm: float = 4.0  # bound on the norm of the critics' gradient; inf turns clipping off
-    log_var_init: float = -2.0  # phi_0, the initial log-variance of each action dimension; Sigma = e^phi (Section 6.2)
-    log_var_lr: float = 0.3  # learning rate of phi, by gradient ascent, divided by value_scale: eta_pi
-    kl_coef: float = 2e-5  # weight of the KL penalty; times value_scale it is lambda of (20)
+    critics: int = 2  # the target takes the smallest value (TD3, Fujimoto et al., 2018)
+    policy_delay: int = 2  # updates of the critics for each of the policy and the targets (TD3)
+    log_var_init: float = -3.2  # phi_0, the initial log-variance of each action (Section 6.2)
+    log_var_min: float = -20.0  # lower bound on phi
+    log_var_lr: float = 0.03  # learning rate of phi, by gradient ascent, over value_scale: eta_pi
+    kl_coef: float = 1e-3  # weight of the KL penalty; times value_scale it is lambda of (20)
+
     eval_frequency: int = 5_000  # environment steps between two evaluations of the mean action
     eval_episodes: int = 10  # episodes of each evaluation
-    checkpoint_frequency: int = 0  # environment steps between two checkpoints; with 0, only Ctrl-C and SIGTERM write one
-    capture_video: bool = False  # write an MP4 of the first episode of each evaluation
-    resume: str | None = None  # continue the run in this folder from its last checkpoint, with its flags
-    evaluate: str | None = None  # do not train: evaluate the policy in this run folder
 
 
 def check(args):
-    """Exit with an error message if a flag is out of range or NaN."""
-    limits = {"seed": (0, 2**31), "gamma": (0, 1), "tau": (1e-9, 1), "log_var_init": (-20, 0)}
+    """Exit if a flag would silently train nonsense, or if the task cannot be filmed."""
+    for valid, problem in [
+        (0 <= args.gamma <= 1, "--gamma must lie in [0, 1]"),
+        (0 < args.tau <= 1, "--tau must lie in (0, 1]"),
+        (0 <= args.seed < 2**31, "--seed must lie in [0, 2^31)"),
+        (args.batch_size <= args.buffer_size, "--buffer-size must hold a batch"),
+        (args.batch_size <= args.learning_starts, "--learning-starts must be at least a batch"),
+        (args.learning_starts < args.total_timesteps, "--total-timesteps: nothing is learned"),
+    ]:
+        if not valid:
+            sys.exit(problem)
     for name, value in asdict(args).items():
-        low, high = limits.get(name, (1 if type(value) is int and name != "checkpoint_frequency" else 0, math.inf))
-        if type(value) in (int, float) and not low <= value <= high:
-            sys.exit(f"--{name.replace('_', '-')} {value}: must lie between {low:g} and {high:g}")
-    if args.batch_size > (rows := min(args.learning_starts, args.buffer_size)):
-        sys.exit(f"--batch-size {args.batch_size}: the replay buffer holds only {rows} transitions before learning starts")
-    if args.learning_starts >= args.total_timesteps:
-        sys.exit(f"--learning-starts {args.learning_starts}: nothing is learned in --total-timesteps {args.total_timesteps}")
+        if value != value:
+            sys.exit(f"--{name.replace('_', '-')} must be a number")
+
+    if args.capture_video:
+        try:
+            with contextlib.closing(make_env(args.env_id, render_mode="rgb_array")) as env:
+                env.reset(seed=0)
+                assert isinstance(env.render(), np.ndarray), "it renders no picture"
+        except Exception as error:  # no render mode, no screen, no pygame
+            sys.exit(f"--capture-video: cannot film {args.env_id} here: {error}")
 
 
-def make_env(env_id, render_mode=None):
-    """Return the task with flat observations, and with actions scaled from [-1, 1] to its bounds and clipped to them."""
+def finite(value, what):
+    """Return the value as a new float32 array, or exit if it is not finite."""
+    with np.errstate(over="ignore"):
+        array = np.array(value, np.float32)
+    if not np.isfinite(array).all():
+        sys.exit(f"{what} is not finite")
+    return array
+
+
+def make_env(env_id, **kwargs):
+    """Return the task with observations of one dimension and with actions in [-1, 1]."""
     try:
-        env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
-        space, states = env.action_space, env.observation_space
-        box = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f" and space.is_bounded()
-        if not box or (space.low == space.high).any() or not states.is_np_flattenable:
-            raise ValueError(f"needs a 1-D Box of bounded real actions and observations of a fixed size, not {space}, {states}")
-        env = gym.wrappers.TransformAction(env, lambda action: np.clip(action, space.low, space.high), space)
-        env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), *np.array([-1, 1], space.dtype))
-        return gym.wrappers.RecordEpisodeStatistics(env)
-    except (gym.error.Error, ImportError, NotImplementedError, ValueError) as error:
-        sys.exit(f"--env-id {env_id}: {' '.join(str(error).split())}")
+        env = gym.make(env_id, **kwargs)
+    except gym.error.Error as error:
+        sys.exit(f"--env-id {env_id}: {error}")
+
+    bounds = env.action_space
+    is_vector = isinstance(bounds, gym.spaces.Box) and len(bounds.shape) == 1
+    with np.errstate(over="ignore", invalid="ignore"):
+        is_bounded = is_vector and np.isfinite(bounds.high - bounds.low).all()
+    if not (is_bounded and env.observation_space.is_np_flattenable):
+        spaces = f"{bounds} and {env.observation_space}"
+        sys.exit(f"--env-id {env_id}: needs a bounded 1-D Box of actions, not {spaces}")
+
+    def to_bounds(action):
+        """Scale an action in normalised units to its bounds, and clip it to them."""
+        action = finite(action, "an action of the policy, whose training has diverged,")
+        scaled = bounds.low + 0.5 * (action + 1) * (bounds.high - bounds.low)
+        return np.clip(scaled, bounds.low, bounds.high).astype(bounds.dtype)
+
+    def checked_obs(obs):
+        return finite(obs, "an observation of the environment")
+
+    def checked_reward(reward):
+        return finite(reward, "a reward of the environment").item()
+
+    env = gym.wrappers.FlattenObservation(env)
+    env = gym.wrappers.TransformObservation(env, checked_obs, env.observation_space)
+    env = gym.wrappers.TransformReward(env, checked_reward)
+    unit_box = gym.spaces.Box(-1.0, 1.0, bounds.shape, np.float32)
+    return gym.wrappers.TransformAction(env, to_bounds, unit_box)
 
 
 class Actor(nn.Module):
-    """The Gaussian policy N(mu_theta(s), diag(exp(phi))): forward gives mu (batch, action_dim), log_var is phi."""
+    """The policy N(mu_theta(s), diag(exp(phi))): forward returns its mean and log-variance."""
 
     def __init__(self, obs_dim, action_dim, log_var_init):
         super().__init__()
-        self.fc1, self.fc2, self.fc_mean = nn.Linear(obs_dim, 400), nn.Linear(400, 300), nn.Linear(300, action_dim)
+        self.fc1 = nn.Linear(obs_dim, 256)
+        self.fc2 = nn.Linear(256, 256)
+        self.fc_mean = nn.Linear(256, action_dim)
         nn.init.uniform_(self.fc_mean.weight, -3e-3, 3e-3)
         self.log_var = nn.Parameter(torch.full((action_dim,), log_var_init))
 
     def forward(self, observations):
-        return torch.tanh(self.fc_mean(torch.relu(self.fc2(torch.relu(self.fc1(observations))))))
+        x = torch.relu(self.fc1(observations))
+        x = torch.relu(self.fc2(x))
+        return torch.tanh(self.fc_mean(x)), self.log_var
 
     @torch.inference_mode()
-    def mean_action(self, obs):
-        """Return mu_theta(s) of one observation, both NumPy arrays."""
-        return self(torch.as_tensor(obs, dtype=torch.float32, device=self.log_var.device)).cpu().numpy()
+    def act(self, obs):
+        """Return the mean action and its standard deviation at one observation, NumPy arrays."""
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.log_var.device)
+        mean, log_var = self(obs)
+        return mean.cpu().numpy(), (0.5 * log_var).exp().cpu().numpy()
 
 
 class QNetwork(nn.Module):
-    """Q_w(s, a) (batch,). The layer that the action enters is ReLU and the last hidden one, so smoothing has a closed form."""
+    """Q_w(s, a), (batch,). The action enters the last hidden layer, which is GELU."""
 
     def __init__(self, obs_dim, action_dim):
         super().__init__()
-        self.fc1, self.fc2, self.fc_q = nn.Linear(obs_dim, 400), nn.Linear(400 + action_dim, 300), nn.Linear(300, 1)
+        self.fc1 = nn.Linear(obs_dim, 256)
+        self.fc2 = nn.Linear(256 + action_dim, 256)
+        self.fc_q = nn.Linear(256, 1)
         nn.init.uniform_(self.fc_q.weight, -3e-3, 3e-3)
 
     def hidden(self, observations, actions):
-        return self.fc2(torch.cat([torch.relu(self.fc1(observations)), actions], 1))
+        features = torch.relu(self.fc1(observations))
+        return self.fc2(torch.cat([features, actions], 1))
 
     def forward(self, observations, actions):
-        return self.fc_q(torch.relu(self.hidden(observations, actions))).squeeze(1)
+        z = self.hidden(observations, actions)
+        return self.fc_q(nn.functional.gelu(z)).squeeze(1)
 
     def smoothed(self, observations, actions, log_var):
-        """Return Q~(s, a) (batch,), dQ~/da and the diagonal of d2Q~/da2 (batch, action_dim) for Sigma = diag(exp(log_var))."""
-        z, w, w_a = self.hidden(observations, actions), self.fc_q.weight, self.fc2.weight[:, -actions.shape[1] :]
-        std = (w_a.square() @ log_var.exp()).sqrt()
-        x = z / std
-        cdf, pdf = 0.5 * (1 + torch.erf(x / math.sqrt(2))), torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-        return self.fc_q(z * cdf + std * pdf).squeeze(1), (w * cdf) @ w_a, (w * pdf / std) @ w_a.square()
+        """Return Q~(s, a) (batch,), dQ~/da and the diagonal of d2Q~/da2 (batch, action_dim).
+
+        The action enters z = fc2(...) linearly, through the columns w_a of fc2, so each unit sees
+        one Gaussian. If you change forward, change this too, or learn Q~ from phantom actions.
+        """
+        z = self.hidden(observations, actions)
+        w = self.fc_q.weight
+        w_a = self.fc2.weight[:, -actions.shape[1] :]
+        s2 = log_var.exp() @ w_a.square().T  # variance of z
+        r = (1 + s2).sqrt()
+        x = z / r
+        cdf = 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+        pdf = torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi)
+        value = z * cdf + s2 / r * pdf  # E[gelu]
+        first = cdf + x * pdf / (1 + s2)
+        second = pdf / r * (1 + (1 - x.square()) / (1 + s2))
+        return self.fc_q(value).squeeze(1), (w * first) @ w_a, (w * second) @ w_a.square()
+
+
+def check_derivatives(qf, obs_dim, action_dim):
+    """Fail if smoothed does not return the Gaussian average of forward and its derivatives."""
+    generator = torch.Generator().manual_seed(0)  # leaves the random numbers of the run alone
+    qf = copy.deepcopy(qf).cpu().double()
+    obs = torch.randn(1, obs_dim, generator=generator).double()
+    action = torch.randn(1, action_dim, generator=generator).double()
+    log_var = torch.randn(action_dim, generator=generator).double()
+
+    derivatives = torch.func.jacrev(qf.smoothed, (1, 2))(obs, action, log_var)
+    (in_action, in_log_var), (gradient_in_action, _), _ = derivatives
+    hessian = gradient_in_action[0, :, 0].diagonal()
+    no_noise = torch.full_like(log_var, -80.0)
+    exact = (qf(obs, action), in_action[0], hessian.unsqueeze(0), hessian * log_var.exp() / 2)
+    found = (qf.smoothed(obs, action, no_noise)[0], *qf.smoothed(obs, action, log_var)[1:])
+    hint = "QNetwork: smoothed is not the Gaussian average of forward; change both together"
+    torch.testing.assert_close((*found, in_log_var[0]), exact, rtol=1e-6, atol=1e-9, msg=hint)
 
 
 class ReplayBuffer:
-    """The last `capacity` transitions, packed float32 rows (s, a~, r, s', terminated); a~ is kept as drawn, not clipped."""
+    """The last `capacity` transitions. Actions are as drawn, not clipped."""
 
-    def __init__(self, capacity, obs_dim, action_dim, rng, device="cpu"):
-        self.widths, self.count, self.rng, self.device = (obs_dim, action_dim, 1, obs_dim, 1), 0, rng, device
-        self.rows = np.zeros((capacity, sum(self.widths)), dtype=np.float32)
+    def __init__(self, capacity, obs_dim, action_dim, rng, device):
+        self.rng = rng
+        self.device = device
+        self.count = 0  # transitions that were ever added
+        self.widths = [obs_dim, action_dim, 1, obs_dim, 1]
+        self.rows = np.zeros((capacity, sum(self.widths)), np.float32)
 
     def add(self, obs, action, reward, next_obs, terminated):
-        self.rows[self.count % len(self.rows)] = np.concatenate([obs, action, [reward], next_obs, [terminated]])
+        row = np.hstack([obs, action, reward, next_obs, terminated])
+        self.rows[self.count % len(self.rows)] = row
         self.count += 1
 
     def sample(self, batch_size):
-        """Return observations (B, obs_dim), actions (B, action_dim), rewards (B,), next_observations, terminated (B,)."""
-        rows = self.rows[self.rng.integers(min(self.count, len(self.rows)), size=batch_size)]
-        obs, actions, rewards, next_obs, terminated = torch.from_numpy(rows).to(self.device).split(self.widths, 1)
+        """Return observations, actions, rewards, next observations, terminated."""
+        index = self.rng.integers(min(self.count, len(self.rows)), size=batch_size)
+        rows = torch.from_numpy(self.rows[index]).to(self.device)
+        obs, actions, rewards, next_obs, terminated = rows.split(self.widths, 1)
         return obs, actions, rewards.squeeze(1), next_obs, terminated.squeeze(1)
-
-    def last(self, n, file):
-        """Return views of the last n rows and move the file position there: row i of the run starts at byte i * row size."""
-        file.seek((self.count - n) * self.rows[0].nbytes)
-        i, j = (self.count - n) % len(self.rows), self.count % len(self.rows)
-        return [self.rows[i:j]] if i < j or n == 0 else [self.rows[i:], self.rows[:j]]
 
 
 class Adam(nn.Module):
-    """torch.optim.Adam (Kingma and Ba, 2015) in operations that torch.compile can put into one graph with the gradients."""
+    """torch.optim.Adam in operations that compile into one graph with the gradients."""
 
     def __init__(self, params, lr):
         super().__init__()
-        self.params, self.lr = params, lr
-        self.m, self.v = (nn.ParameterList(map(torch.zeros_like, params)).requires_grad_(False) for _ in range(2))
+        self.params = params
+        self.lr = lr
+        self.m = nn.ParameterList(map(torch.zeros_like, params)).requires_grad_(False)
+        self.v = nn.ParameterList(map(torch.zeros_like, params)).requires_grad_(False)
         self.register_buffer("steps", torch.zeros(()))
 
     @torch.no_grad()
-    def step(self, grads, beta1=0.9, beta2=0.999, eps=1e-8):  # exp for beta^n: compiled code would repeat ** in its inner loop
-        bias1, bias2 = 1 - (self.steps.add_(1) * math.log(beta1)).exp(), (1 - (self.steps * math.log(beta2)).exp()).sqrt()
+    def step(self, grads, beta1=0.9, beta2=0.999, eps=1e-8):
+        self.steps += 1
+        bias1 = 1 - torch.exp(self.steps * math.log(beta1))  # beta1 ** steps, compiled faster
+        bias2 = (1 - torch.exp(self.steps * math.log(beta2))).sqrt()
+        step_size = self.lr * bias2 / bias1
         for p, grad, m, v in zip(self.params, grads, self.m, self.v, strict=True):
             m.lerp_(grad, 1 - beta1)
             v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-            p -= (self.lr * bias2 / bias1) * m / (v.sqrt() + eps * bias2)
+            p -= step_size * m / (v.sqrt() + eps * bias2)
 
 
 def kl_divergence(mean, log_var, old_mean, old_log_var):
-    """KL(N(mean, exp(log_var)) || N(old_mean, exp(old_log_var))) of diagonal Gaussians, mean over the batch (20)."""
-    return 0.5 * ((log_var.exp() + (mean - old_mean).square().mean(0)) / old_log_var.exp() - 1 + old_log_var - log_var).sum()
+    """Mean over the batch of KL(N(mean, exp(log_var)) || N(old_mean, exp(old_log_var))) (20)."""
+    squares = log_var.exp() + (mean - old_mean).square()
+    return 0.5 * (squares / old_log_var.exp() - 1 + old_log_var - log_var).sum(1).mean()
 
 
 class Smoothie(nn.Module):
-    """The networks, their optimisers and the update. state_dict() holds all of its state."""
+    """The networks, their optimisers and the update."""
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        self.args, self.actor = args, Actor(obs_dim, action_dim, args.log_var_init)
+        self.args = args
+        self.actor = Actor(obs_dim, action_dim, args.log_var_init)
         self.qfs = nn.ModuleList(QNetwork(obs_dim, action_dim) for _ in range(args.critics))
-        self.target_actor, self.target_qfs = (copy.deepcopy(net).requires_grad_(False) for net in (self.actor, self.qfs))
-        self.theta, self.w = [p for p in self.actor.parameters() if p is not self.actor.log_var], list(self.qfs.parameters())
-        self.actor_optimizer, self.q_optimizer = Adam(self.theta, args.policy_lr), Adam(self.w, args.q_lr)
-        self.register_buffer("value_scale", torch.ones(()))  # running mean of |target|, at rate tau
+        self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
+        self.target_qfs = copy.deepcopy(self.qfs).requires_grad_(False)
 
-    def update(self, observations, batch):
-        """One update: the policy on one batch, the critic on another, the targets. Return what to log."""
-        metrics = self.update_policy(observations) | self.update_critic(*batch)
-        with torch.no_grad():
-            for net, target in [(self.actor, self.target_actor), (self.qfs, self.target_qfs)]:
-                torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), self.args.tau)
-        return metrics | {"losses/value_scale": self.value_scale}
+        phi = self.actor.log_var
+        self.theta = [p for p in self.actor.parameters() if p is not phi]
+        self.w = list(self.qfs.parameters())
+        self.actor_optimizer = Adam(self.theta, args.policy_lr)
+        self.q_optimizer = Adam(self.w, args.q_lr)
+        self.register_buffer("value_scale", torch.ones(()))  # running mean of |target|
 
-    def update_policy(self, observations):
-        """One step of theta along (13) and of phi along (15), both minus lambda times the gradient of the KL of (20)."""
-        mean, log_var = self.actor(observations), self.actor.log_var
+    def update_policy(self, observations, *_):
+        """One step of theta along (13) and of phi along (15), less the gradients of (20).
+
+        Then the targets take a step towards the networks. Return what to log.
+        """
+        phi = self.actor.log_var
+        mean, log_var = self.actor(observations)
         with torch.no_grad():
             _, gradient, hessian = self.qfs[0].smoothed(observations, mean, log_var)
-            old_mean, old_log_var = self.target_actor(observations), self.target_actor.log_var
-        objective = (gradient * mean).sum(1).mean() + 0.5 * (hessian.mean(0) * log_var.exp()).sum()  # gradients: (13), (15)
+            old_mean, old_log_var = self.target_actor(observations)
+
+        # gradient and hessian are constants, so that autograd turns these two into (13) and (15)
+        in_theta = (gradient * mean).sum(1).mean()
+        in_phi = 0.5 * (hessian * log_var.exp()).sum(1).mean()
         kl = kl_divergence(mean, log_var, old_mean, old_log_var)
-        loss = self.args.kl_coef * self.value_scale * kl - objective
-        *theta_grads, phi_grad = torch.autograd.grad(loss, [*self.theta, log_var])
+        loss = self.args.kl_coef * self.value_scale * kl - in_theta - in_phi
+
+        *theta_grads, phi_grad = torch.autograd.grad(loss, [*self.theta, phi])
         self.actor_optimizer.step(theta_grads)
         with torch.no_grad():
-            log_var -= self.args.log_var_lr / self.value_scale * phi_grad
-            log_var.clamp_(max=0.0)  # sigma <= half the range: a wider policy acts at the bounds and gets no signal to narrow
-        return {"losses/actor_loss": loss.detach(), "losses/kl": kl.detach(), "losses/hessian": hessian.mean()}
+            phi -= self.args.log_var_lr / self.value_scale * phi_grad
+            phi.clamp_(self.args.log_var_min, 0.0)  # wider policies act at the bounds: no signal
+        self.update_targets()
+        return {
+            "losses/actor_loss": loss.detach(),
+            "losses/kl": kl.detach(),
+            "losses/hessian": hessian.mean(),
+            "losses/value_scale": self.value_scale,
+        }
 
-    def update_critic(self, observations, actions, rewards, next_observations, terminated):
-        """One step of w on (16), in closed form. A time limit bootstraps, a termination does not."""
+    def update_critics(self, observations, actions, rewards, next_obs, terminated):
+        """One step of w on (16), whose expectation is exact. Return what to log."""
         with torch.no_grad():
-            next_actions, log_var = self.target_actor(next_observations), self.target_actor.log_var
-            next_values = torch.stack([qf.smoothed(next_observations, next_actions, log_var)[0] for qf in self.target_qfs])
-            targets = self.args.reward_scale * rewards + self.args.gamma * (1 - terminated) * next_values.amin(0)
+            smoothed_at = (next_obs, *self.target_actor(next_obs))
+            next_values = torch.stack([qf.smoothed(*smoothed_at)[0] for qf in self.target_qfs])
+            not_done = 1 - terminated  # a time limit bootstraps, a termination does not
+            targets = rewards + self.args.gamma * not_done * next_values.amin(0)
             self.value_scale.lerp_(targets.abs().mean(), self.args.tau).clamp_(min=1e-6)
-        values = torch.stack([qf(observations, actions) for qf in self.qfs])  # (critics, batch)
-        losses = (values - targets).square().mean(1)
-        norm = torch.nn.utils.get_total_norm(grads := torch.autograd.grad(losses.sum(), self.w))
-        self.q_optimizer.step(torch._foreach_mul(grads, (self.args.max_grad_norm / norm).clamp(max=1.0)))
-        return {"losses/qf1_loss": losses[0].detach(), "losses/qf1_values": values[0].detach().mean()}
+
+        values = torch.stack([qf(observations, actions) for qf in self.qfs])
+        losses = (values - targets).square().mean(1)  # (critics,)
+        self.q_optimizer.step(torch.autograd.grad(losses.sum(), self.w))
+        return {
+            "losses/qf1_loss": losses[0].detach(),
+            "losses/qf1_values": values[0].detach().mean(),
+        }
+
+    @torch.no_grad()
+    def update_targets(self):
+        for net, target in [(self.actor, self.target_actor), (self.qfs, self.target_qfs)]:
+            for p, target_p in zip(net.parameters(), target.parameters(), strict=True):
+                target_p.lerp_(p, self.args.tau)
 
 
-def compile_update(update, device):
-    """Return update() compiled into one graph, on a GPU a CUDA graph, or unchanged where nothing can be compiled."""
+def compile_updates(*updates):
+    """Return each update as one compiled graph, on a GPU a CUDA graph."""
     try:
-        torch.compile(torch.sin)(torch.zeros(8, device=device))
-    except Exception as error:  # e.g. no C++ compiler or headers
-        print(f"cannot compile, so updates will be slower ({type(error).__name__})", file=sys.stderr)
-        return update
-    tqdm.write("the first update compiles, which takes up to a minute")
+        torch.compile(torch.sin)(torch.zeros(8))
+    except Exception as error:  # no C++ compiler, say
+        print(f"cannot compile: slower updates ({type(error).__name__})", file=sys.stderr)
+        return updates
+    print("compiling takes a minute, more on a busy machine; --no-compile starts at once")
     torch._dynamo.config.trace_autograd_ops = True  # the gradients belong to the graph
-    options = {"fallback_random": True, "cpp.use_decompose_tanh": True}  # same random numbers as without; a faster tanh
-    options |= {"triton.cudagraphs": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}  # shapes never change
-    return torch.compile(update, fullgraph=True, isolate_recompiles=True, options=options)
+    options = {
+        "fallback_random": True,  # the random numbers of the update that is not compiled
+        "cpp.use_decompose_tanh": True,  # a faster tanh
+        "triton.cudagraphs": True,
+        "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,  # shapes never change
+    }
+    compile = functools.partial(torch.compile, fullgraph=True, isolate_recompiles=True)
+    return [compile(update, options=options) for update in updates]
 
 
-def evaluate(actor, env, args, video):
-    """Return [undiscounted return, length] of each episode of the mean action, or None if a signal interrupts."""
-    rows, mp4 = [], args.capture_video and imageio.get_writer(video, fps=env.metadata.get("render_fps", 30), macro_block_size=2)
+def make_run_dir(name):
+    """Make and return the folder runs/name, or runs/name-2 and so on if it exists."""
+    run_dir = Path("runs", name)
+    number = 1
+    while True:
+        try:
+            run_dir.mkdir(parents=True)
+            return run_dir
+        except FileExistsError:
+            number += 1
+            run_dir = Path("runs", f"{name}-{number}")
+
+
+def start_run(args, task):
+    """Return the run folder, with the flags and this script in it, and its config.
+
+    A folder that holds a run must have been made by this script with the same flags.
+    """
+    config = asdict(args) | {"task": task, "script": Path(__file__).name}
+    config["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
+    config["run_id"] = uuid.uuid4().hex  # names the run on Weights & Biases
+    if args.run_dir is None:
+        name = f"{task}__{args.exp_name}__{args.seed}__{time.time():.0f}"
+        run_dir = make_run_dir(re.sub(r"[^\w.-]", "-", name))
+    else:
+        run_dir = Path(args.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+
+    if (run_dir / "config.json").exists():
+        old = json.loads((run_dir / "config.json").read_text())
+        if old["script"] != config["script"]:
+            sys.exit(f"--run-dir {run_dir}: {old['script']} made this run")
+        changed = [name for name in asdict(args) if old.get(name) != config[name]]
+        fixed = [f"--{name.replace('_', '-')}" for name in changed if name not in MAY_CHANGE]
+        if fixed:
+            sys.exit(f"--run-dir {run_dir}: this run has another {', '.join(fixed)}")
+        config["run_id"] = old["run_id"]
+    else:
+        shutil.copy(__file__, run_dir)
+    (run_dir / "config.json").write_text(json.dumps(config, indent=2))
+    print(f"run folder: {run_dir}", flush=True)
+    return run_dir, config
+
+
+def track(args, run_dir, config):
+    """Return the run on Weights & Biases, which gets all that TensorBoard gets, or nothing."""
+    if not args.track:
+        return contextlib.nullcontext()
+    import wandb
+
+    return wandb.init(
+        project=args.wandb_project_name,
+        name=run_dir.resolve().name,
+        id=config["run_id"],
+        resume="allow",
+        config=config,
+        sync_tensorboard=True,
+    )
+
+
+def make_eval_env(args, run_dir):
+    """Return the environment for evaluations, which films the first episode of each if asked."""
+    if not args.capture_video:
+        return make_env(args.env_id)
+    return gym.wrappers.RecordVideo(
+        make_env(args.env_id, render_mode="rgb_array"),
+        str(run_dir / "videos"),
+        episode_trigger=lambda episode: episode % args.eval_episodes == 0,
+    )
+
+
+def evaluate(actor, env, args):
+    """Return the undiscounted return and the length of each episode of the mean action."""
+    results = []
     for episode in range(args.eval_episodes):
-        obs, info = env.reset(seed=10_000 + args.seed + episode)
-        while "episode" not in info:  # RecordEpisodeStatistics puts it into the last step's
-            if mp4 and episode == 0:
-                mp4.append_data(env.render())
-            obs, *_, info = env.step(actor.mean_action(obs))
-            if signals:
-                return None
-        rows.append([float(info["episode"]["r"]), info["episode"]["l"]])
-    return rows
+        obs, _ = env.reset(seed=10_000 + args.seed + episode)
+        episode_return = 0.0
+        episode_length = 0
+        done = False
+        while not done:
+            mean, _ = actor.act(obs)
+            obs, reward, terminated, truncated, _ = env.step(mean)
+            episode_return += reward
+            episode_length += 1
+            done = terminated or truncated
+            if episode_length == 100_000:
+                hint = "does this task never end? Register it with max_episode_steps"
+                print(f"an evaluation takes over 100,000 steps: {hint}", file=sys.stderr)
+        results.append((episode_return, episode_length))
+    return results
 
 
-def write(path, content):
-    """Replace the file's content with a string or, by torch.save, a dict; a kill or a full disk leaves the old file."""
-    if isinstance(content, dict):
-        torch.save(content, buffer := io.BytesIO())
-    Path(f"{path}.new").write_bytes(buffer.getbuffer() if isinstance(content, dict) else content.encode())
+def record_evaluation(step, agent, env, args, run_dir, evaluations, writer):
+    """Evaluate the mean action, add the results to evaluations, and write them and the policy."""
+    if args.capture_video:
+        env.name_prefix = f"step-{step}"
+    results = evaluate(agent.actor, env, args)
+    evaluations += [(step, episode, *result) for episode, result in enumerate(results)]
+    with open(run_dir / "evaluations.csv", "w", newline="") as file:
+        header = ("global_step", "episode", "episodic_return", "episodic_length")
+        csv.writer(file).writerows([header, *evaluations])
+    save(agent.actor.state_dict(), run_dir / "policy.pt")
+
+    mean_return, mean_length = np.mean(results, 0)
+    writer.add_scalar("eval/episodic_return", mean_return, step)
+    writer.add_scalar("eval/episodic_length", mean_length, step)
+    writer.flush()
+    tqdm.write(f"step {step}: eval return {mean_return:.2f}")
+    sys.stdout.flush()
+
+
+def log_losses(step, losses, agent, writer):
+    for key, value in losses.items():
+        if not math.isfinite(value):
+            sys.exit(f"step {step}: {key} is {value}, as training has diverged: try lower rates")
+        writer.add_scalar(key, value, step)
+    for i, log_var in enumerate(agent.actor.log_var.tolist()):
+        writer.add_scalar(f"policy/std_{i}", math.exp(0.5 * log_var), step)
+
+
+def save(state, path):
+    """Write a new file, which then replaces the old one: whenever a kill comes, one is whole."""
+    torch.save(state, f"{path}.new")
     Path(f"{path}.new").replace(path)
 
 
-def check_finite(losses, agent, step):
-    for name, tensor in [*losses.items(), *agent.named_parameters()]:
-        if not tensor.isfinite().all():
-            sys.exit(f"step {step}: {name} is not finite, training has diverged; try a lower learning rate or --reward-scale")
+def save_checkpoint(run_dir, step, agent, buffer, rng, evaluations):
+    """Save all that the rest of the run depends on, if this comes between two episodes."""
+    state = {
+        "step": step,
+        "agent": agent.state_dict(),
+        "count": buffer.count,
+        "rows": torch.from_numpy(buffer.rows[: buffer.count]),
+        "rng": json.dumps(rng.bit_generator.state),
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all(),
+        "evaluations": evaluations,
+    }
+    save(state, run_dir / "checkpoint.pt")
+
+
+def load_checkpoint(run_dir, agent, buffer, rng):
+    """Restore what save_checkpoint has saved, if anything. Return the step and the evaluations."""
+    if not (run_dir / "checkpoint.pt").exists():
+        return 0, []
+    state = torch.load(run_dir / "checkpoint.pt", "cpu", weights_only=True)  # runs no code
+    agent.load_state_dict(state["agent"])
+    buffer.count = state["count"]
+    buffer.rows[: buffer.count] = state["rows"]
+    rng.bit_generator.state = json.loads(state["rng"])
+    torch.set_rng_state(state["torch_rng"])
+    torch.cuda.set_rng_state_all(state["cuda_rng"])
+    print(f"going on from step {state['step']}", flush=True)
+    return state["step"], state["evaluations"]
+
+
+def train(args, env, eval_env, run_dir):
+    """Train, from the checkpoint in run_dir if there is one."""
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)  # numbers below 1e-38 change nothing and slow some processors
+    rng = np.random.default_rng(args.seed)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    obs_dim = env.observation_space.shape[0]
+    action_dim = env.action_space.shape[0]
+
+    agent = Smoothie(obs_dim, action_dim, args).to(device)
+    check_derivatives(agent.qfs[0], obs_dim, action_dim)
+    update_critics = agent.update_critics
+    update_policy = agent.update_policy
+    if args.compile:
+        update_critics, update_policy = compile_updates(update_critics, update_policy)
+
+    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, rng, device)
+    start, evaluations = load_checkpoint(run_dir, agent, buffer, rng)
+    writer = SummaryWriter(run_dir, purge_step=start + 1 if start else 0)
+    if start == 0:
+        record_evaluation(0, agent, eval_env, args, run_dir, evaluations, writer)
+
+    clock = time.time()
+    saved = start  # step of the last checkpoint
+    done = True
+    losses = {}
+    steps = range(start + 1, args.total_timesteps + 1)
+    bar = tqdm(steps, initial=start, total=args.total_timesteps, disable=None)
+    for step in bar:
+        if done:
+            obs, _ = env.reset(seed=int(rng.integers(2**31)))
+            episode_return = 0.0
+            episode_length = 0
+
+        # Act: uniformly at random at first, then by the policy.
+        if step <= args.learning_starts:
+            action = rng.uniform(-1.0, 1.0, action_dim).astype(np.float32)
+        else:
+            mean, std = agent.actor.act(obs)
+            action = mean + std * rng.standard_normal(action_dim, np.float32)
+
+        # Step, and store the transition.
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        buffer.add(obs, action, reward, next_obs, terminated)
+        obs = next_obs
+        done = terminated or truncated
+        episode_return += reward
+        episode_length += 1
+
+        # Learn: the critics at every step, the policy and the targets at some.
+        if step > args.learning_starts:
+            losses |= update_critics(*buffer.sample(args.batch_size))
+            if step % args.policy_delay == 0:
+                losses |= update_policy(*buffer.sample(args.batch_size))
+
+        # Log.
+        if done:
+            writer.add_scalar("charts/episodic_return", episode_return, step)
+            writer.add_scalar("charts/episodic_length", episode_length, step)
+            bar.set_postfix_str(f"return {episode_return:.0f}", refresh=False)
+        if step % LOG_FREQUENCY == 0:
+            log_losses(step, losses, agent, writer)
+            writer.add_scalar("charts/SPS", (step - start) / (time.time() - clock), step)
+
+        # Evaluate the mean action.
+        if step % args.eval_frequency == 0 or step == args.total_timesteps:
+            record_evaluation(step, agent, eval_env, args, run_dir, evaluations, writer)
+
+        # Save a checkpoint, between two episodes: so it holds no state of the environment.
+        if (done and step - saved >= args.checkpoint_frequency) or step == args.total_timesteps:
+            writer.flush()
+            save_checkpoint(run_dir, step, agent, buffer, rng, evaluations)
+            saved = step
+    writer.close()
 
 
 def main(args):
-    """Train, or evaluate a trained policy."""
+    """Train, or go on with the run in args.run_dir. Return the run folder, a Path."""
     check(args)
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)  # numbers below 1e-38 change nothing and slow some processors down
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    rng = np.random.default_rng(args.seed)
-    env, eval_env = make_env(args.env_id), make_env(args.env_id, "rgb_array" if args.capture_video else None)
-    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    agent = Smoothie(obs_dim, action_dim, args).to(device)
-    if args.evaluate is not None:
-        try:
-            agent.actor.load_state_dict(torch.load(Path(args.evaluate, "policy.pt"), device, weights_only=True))
-        except Exception as error:  # a damaged or hostile file can raise anything
-            sys.exit(f"{args.evaluate}: policy.pt is missing, damaged or of another network ({type(error).__name__})")
-        results = evaluate(agent.actor, eval_env, args, Path(args.evaluate, "evaluate.mp4")) or sys.exit(128 + signals[0])
-        return print(f"mean return {np.mean(results, 0)[0]:.2f}; return and length of each episode: {results}")
-    qf, s, a = copy.deepcopy(agent.qfs[0]).cpu().double(), torch.randn(1, obs_dim).double(), torch.randn(1, action_dim).double()
-    (in_value, in_phi), (in_gradient, _), _ = torch.func.jacrev(qf.smoothed, (1, 2))(s, a, phi := 0 * a[0])
-    exact = qf(s, a), in_value[0], in_gradient[0, :, 0].diagonal(), 2 * in_phi  # without covariance Q~ is Q; (14)
-    found = qf.smoothed(s, a, phi - 40)[0], *qf.smoothed(s, a, phi)[1:], qf.smoothed(s, a, phi)[2]
-    if any((x - y).norm() > 1e-6 * y.norm() for x, y in zip(found, exact, strict=True)):
-        sys.exit("QNetwork: smoothed must return the Gaussian average of forward and its two derivatives; change them together")
-    buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), obs_dim, action_dim, rng, device)
-    start, saved, episode_seed, episode_length, evaluations, history, losses = 0, 0, int(rng.integers(2**31)), 0, [], [], {}
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
-    run_dir = Path("runs", name) if args.resume is None else Path(args.resume)
-    run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
-    transitions = open(run_dir / "transitions.f32", "wb" if args.resume is None else "r+b")
-    if args.resume is not None:
-        try:  # weights_only: nothing in the file can run code
-            state = torch.load(run_dir / "checkpoint.pt", "cpu", weights_only=True)
-            agent.load_state_dict(state["agent"])
-            start, evaluations, (episode_seed, episode_length) = state["step"], state["evaluations"], state["episode"]
-            history = json.loads((run_dir / "config.json").read_text())["provenance"]
-            rng.bit_generator.state = json.loads(state["rng"])
-            torch.set_rng_state(state["torch_rng"][0])
-            if device.type == "cuda" and len(state["torch_rng"]) == 2:  # one if saved without a GPU
-                torch.cuda.set_rng_state(state["torch_rng"][1])
-            saved = buffer.count = state["count"]
-            if any(transitions.readinto(v) < v.nbytes for v in buffer.last(min(saved, len(buffer.rows)), transitions)):
-                raise ValueError("transitions are missing")
-        except Exception as error:
-            sys.exit(f"{run_dir}: the checkpoint is missing, damaged or of another network ({type(error).__name__})")
-        if start > args.total_timesteps:
-            sys.exit(f"--total-timesteps {args.total_timesteps}: this run has taken {start} steps already")
-    obs, _ = env.reset(seed=episode_seed)
-    for i in range(buffer.count - episode_length, buffer.count):  # replay the episode in progress
-        row = buffer.rows[i % len(buffer.rows)]
-        obs, *_ = env.step(row[obs_dim : obs_dim + action_dim])
-    if episode_length and not np.array_equal(np.float32(obs), row[-obs_dim - 1 : -1]):
-        sys.exit(f"{run_dir}: cannot replay the episode; the environment is not deterministic or --buffer-size is too small")
-    script, git = Path(__file__).resolve(), "git describe --always --dirty --abbrev=40"
-    commit = subprocess.run(git, shell=True, cwd=script.parent, capture_output=True, text=True).stdout.strip() or None
-    made_by = {package: importlib.metadata.version(package) for package in ("torch", "gymnasium", "mujoco", "numpy")}
-    made_by |= {"commit": commit, "script_sha256": hashlib.sha256(script.read_bytes()).hexdigest()}
-    config = asdict(args) | {"resume": None, "script": script.name, "provenance": [*history, made_by]}
-    write(run_dir / "config.json", json.dumps(config, indent=2))
-    if args.track:
-        import wandb
-
-        name = run_dir.resolve().name  # also the id, so that a resumed run continues there
-        wandb.init(project=args.wandb_project_name, name=name, id=name, resume="allow", config=config, sync_tensorboard=True)
-    writer = SummaryWriter(run_dir, purge_step=start + bool(evaluations))  # hides what a killed run logged after its checkpoint
-    print(f"run folder: {run_dir}, replay buffer: up to {buffer.rows.nbytes / 1e6:,.1f} MB")
-    clock, speed, update = time.time(), "", None
-    for step in tqdm(range(start, args.total_timesteps + 1), initial=start, total=args.total_timesteps + 1, disable=None):
-        std, last, logs = (0.5 * agent.actor.log_var.detach()).exp(), step == args.total_timesteps, {}
-        if step > start:  # the first pass only evaluates
-            if step <= args.learning_starts:
-                action = np.float32(rng.uniform(-1.0, 1.0, action_dim))
-            else:
-                action = agent.actor.mean_action(obs) + std.cpu().numpy() * rng.standard_normal(action_dim, np.float32)
-            next_obs, reward, terminated, truncated, info = env.step(action)
-            if not (math.isfinite(reward) and np.isfinite(next_obs).all()):
-                check_finite(losses, agent, step)  # a diverged policy, which acts with NaN, is reported first
-                sys.exit(f"step {step}: the environment returned a reward or an observation that is not finite")
-            buffer.add(obs, action, reward, next_obs, terminated)
-            obs = next_obs
-            if terminated or truncated:
-                logs |= {"charts/episodic_return": info["episode"]["r"], "charts/episodic_length": info["episode"]["l"]}
-                obs, _ = env.reset(seed=(episode_seed := int(rng.integers(2**31))))
-            if step > args.learning_starts:
-                signal.pthread_sigmask(signal.SIG_BLOCK, STOP)  # Ctrl-C at a terminal would reach the compiler, too
-                update = update or (compile_update(agent.update, device) if args.compile else agent.update)
-                losses = update(buffer.sample(args.batch_size)[0], buffer.sample(args.batch_size))
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
-            if step % LOG_FREQUENCY == 0:
-                check_finite(losses, agent, step)
-                sps, clock = min(LOG_FREQUENCY, step - start) / (time.time() - clock), time.time()
-                speed = f", {sps:.0f} steps/s"
-                logs |= losses | {"charts/SPS": sps} | {f"policy/std_{i}": std_i for i, std_i in enumerate(std)}
-        if (step % args.eval_frequency == 0 or last) and not (evaluations and evaluations[-1][0] == step):
-            check_finite(losses, agent, step)  # so that a diverged policy does not replace policy.pt
-            if results := evaluate(agent.actor, eval_env, args, run_dir / f"step_{step}.mp4"):
-                evaluations += [[step, episode, *result] for episode, result in enumerate(results)]
-                rows = [["global_step", "episode", "episodic_return", "episodic_length"], *evaluations]
-                write(run_dir / "evaluations.csv", "".join(",".join(map(str, row)) + "\n" for row in rows))
-                write(run_dir / "policy.pt", agent.actor.state_dict())
-                mean, length = np.mean(results, 0)
-                logs |= {"eval/episodic_return": mean, "eval/episodic_length": length}
-                tqdm.write(f"step {step}: eval return {mean:.2f}, policy std {std.mean():.3f}{speed}")
-        for key, value in logs.items():
-            writer.add_scalar(key, value, step)
-        writer.flush()
-        stop = signals[:1]  # read once: a later signal waits for the next step
-        if stop or (args.checkpoint_frequency and step > start and (step % args.checkpoint_frequency == 0 or last)):
-            check_finite(losses, agent, step)
-            transitions.writelines(buffer.last(min(buffer.count - saved, len(buffer.rows)), transitions))
-            transitions.flush()
-            saved = buffer.count
-            state = {"step": step, "evaluations": evaluations, "episode": [episode_seed, env.episode_lengths], "count": saved}
-            state |= {"torch_rng": [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if device.type == "cuda" else [])]}
-            write(run_dir / "checkpoint.pt", state | {"agent": agent.state_dict(), "rng": json.dumps(rng.bit_generator.state)})
-        if stop:
-            tqdm.write(f"step {step}: {signal.Signals(stop[0]).name}; continue with --resume {run_dir}", file=sys.stderr)
-            sys.exit(128 + stop[0])
+    with contextlib.closing(make_env(args.env_id)) as env:
+        run_dir, config = start_run(args, env.spec.id)
+        with (
+            contextlib.closing(make_eval_env(args, run_dir)) as eval_env,
+            track(args, run_dir, config),
+        ):
+            try:
+                train(args, env, eval_env, run_dir)
+            except KeyboardInterrupt:
+                sys.exit(f"stopped; --run-dir {run_dir} goes on from the last checkpoint")
     print(f"finished; the results are in {run_dir}")
     return run_dir
 
 
-def parse_args():
-    """Return the flags. With --resume and --evaluate, flags that are not given come from that run."""
-    args = tyro.cli(Args, description=__doc__.splitlines()[0])
-    folder = args.evaluate if args.evaluate is not None else args.resume
-    if folder is not None:
-        try:
-            config = json.loads(Path(folder, "config.json").read_text())
-            script, _ = config.pop("script"), config.pop("provenance")
-            args = tyro.cli(Args, default=Args(**config))
-            if script != Path(__file__).name or any(getattr(args, k) != config[k] for k in ("env_id", "seed", "buffer_size")):
-                raise ValueError(f"{script} made it; --env-id, --seed and --buffer-size cannot change")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            sys.exit(f"{folder!r}: this script cannot resume or evaluate it ({error})")
-    return args
-
-
 if __name__ == "__main__":
-    sys.path.insert(0, "")  # for --env-id my_module:MyTask-v0
-    sys.stdout.reconfigure(line_buffering=True)
-    warnings.filterwarnings("ignore", message=".*(is out of date|TensorFloat32)")  # v4 is what papers report; TF32 stays off
-
-    def on_signal(number, _):
-        signals.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once, or after compiling
-
-    for number in STOP:
-        signal.signal(number, on_signal)
-    try:
-        main(parse_args())
-    except (OSError, MemoryError) as error:
-        sys.exit(f"cannot read, write or allocate: {error}")
+    sys.path.insert(0, "")  # so that --env-id my_module:MyTask-v0 finds my_module.py here
+    warnings.filterwarnings("ignore", message=".*(is out of date|TensorFloat32)")  # papers use v4
+    main(tyro.cli(Args, description=__doc__.splitlines()[0]))

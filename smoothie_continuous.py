@@ -13,9 +13,14 @@ policy learns how widely to explore:
     grad_phi   O = E_s[ 1/2 d2Q~/da2 at mu(s), times grad_phi Sigma ]                (14), (15)
     max O_TR = O - lambda E_s[ KL(pi || pi_old) ]                                          (20)
 
-Q~ is learned from replayed (s, a~, r, s'): at a phantom action a ~ N(a~, Sigma) it is fitted to
-r + gamma Q~'(s', mu'(s')). Where the buffer is near-uniform in a~, these targets average to
-those of the smoothed Bellman equation.                                              (12), (18)
+Q~ is learned from replayed (s, a~, r, s') with targets r + gamma Q~'(s', mu'(s')), fitted at a
+phantom action a such that a~ given a is N(a, Sigma), as the smoothed Bellman equation (12) asks.
+The replayed a~ was drawn from N(m, S), a little wider than the policy. Such a draw is the same
+as a ~ N(m, S - Sigma) followed by a~ ~ N(a, Sigma), so the a behind a given a~ is
+
+    a ~ N(m + (1 - k) (a~ - m), (1 - k) Sigma),  k = Sigma / S
+
+In a near-uniform buffer k is 0 and a ~ N(a~, Sigma), the phantom action of the paper (18).
 
     theta       the actor's layers    theta', phi', w'  target_actor, target_qfs
     phi         actor.log_var         mu_theta, phi     actor(observations)
@@ -82,19 +87,21 @@ class Args:
 
     env_id: str = "Hopper-v4"  # gymnasium task with bounded Box actions (Section 6.2)
     total_timesteps: int = 1_000_000  # environment steps: N of Algorithm 1
-    learning_starts: int = 1_000  # first steps, random and without updates
+    learning_starts: int = 10_000  # first steps, random and without updates
     buffer_size: int = 1_000_000  # transitions that the replay buffer keeps
-    batch_size: int = 64  # transitions in each of the two batches of an update: B
+    batch_size: int = 128  # transitions in each of the two batches of an update: B
     gamma: float = 0.99  # discount factor (Section 2.1)
-    tau: float = 0.01  # rate of the Polyak averages theta', phi', w'
-    reward_scale: float = 0.1  # factor on the rewards that the critic sees (Section 6.2)
-    policy_lr: float = 1e-4  # learning rate of theta, by Adam: eta_pi of Algorithm 1
+    tau: float = 0.005  # rate of the Polyak averages theta', phi', w'
+    policy_lr: float = 3e-4  # learning rate of theta, by Adam: eta_pi of Algorithm 1
     q_lr: float = 1e-3  # learning rate of w, by Adam: eta_Q of Algorithm 1
-    critics: int = 1  # the target takes the smallest value (TD3, Fujimoto et al., 2018)
-    max_grad_norm: float = 4.0  # bound on the norm of the critics' gradient; inf: no clipping
-    log_var_init: float = -2.0  # phi_0, the initial log-variance of each action (Section 6.2)
-    log_var_lr: float = 0.3  # learning rate of phi, by gradient ascent, over value_scale: eta_pi
-    kl_coef: float = 2e-5  # weight of the KL penalty; times value_scale it is lambda of (20)
+    critics: int = 2  # the target takes the smallest value (TD3, Fujimoto et al., 2018)
+    policy_delay: int = 2  # updates of the critics for each of the policy and the targets (TD3)
+    exploration: float = 1.5  # standard deviation of the actions over the policy's: (S / Sigma)^1/2
+    exact_phantom_actions: bool = True  # without, a ~ N(a~, Sigma) as the paper has it (18)
+    log_var_init: float = -3.2  # phi_0, the initial log-variance of each action (Section 6.2)
+    log_var_min: float = -20.0  # lower bound on phi
+    log_var_lr: float = 0.03  # learning rate of phi, by gradient ascent, over value_scale: eta_pi
+    kl_coef: float = 1e-3  # weight of the KL penalty; times value_scale it is lambda of (20)
 
     eval_frequency: int = 5_000  # environment steps between two evaluations of the mean action
     eval_episodes: int = 10  # episodes of each evaluation
@@ -173,9 +180,9 @@ class Actor(nn.Module):
 
     def __init__(self, obs_dim, action_dim, log_var_init):
         super().__init__()
-        self.fc1 = nn.Linear(obs_dim, 400)
-        self.fc2 = nn.Linear(400, 300)
-        self.fc_mean = nn.Linear(300, action_dim)
+        self.fc1 = nn.Linear(obs_dim, 256)
+        self.fc2 = nn.Linear(256, 256)
+        self.fc_mean = nn.Linear(256, action_dim)
         nn.init.uniform_(self.fc_mean.weight, -3e-3, 3e-3)
         self.log_var = nn.Parameter(torch.full((action_dim,), log_var_init))
 
@@ -197,9 +204,9 @@ class QNetwork(nn.Module):
 
     def __init__(self, obs_dim, action_dim):
         super().__init__()
-        self.fc1 = nn.Linear(obs_dim, 400)
-        self.fc2 = nn.Linear(400 + action_dim, 300)
-        self.fc_q = nn.Linear(300, 1)
+        self.fc1 = nn.Linear(obs_dim, 256)
+        self.fc2 = nn.Linear(256 + action_dim, 256)
+        self.fc_q = nn.Linear(256, 1)
         nn.init.uniform_(self.fc_q.weight, -3e-3, 3e-3)
 
     def hidden(self, observations, actions):
@@ -244,26 +251,29 @@ def check_derivatives(qf, obs_dim, action_dim):
 
 
 class ReplayBuffer:
-    """The last `capacity` transitions (s, a~, r, s', terminated); a~ is as drawn, not clipped."""
+    """The last `capacity` transitions, with the mean m and the variance S that a~ was drawn with.
+
+    a~ is as drawn, not clipped. The variance of a uniform action counts as infinite.
+    """
 
     def __init__(self, capacity, obs_dim, action_dim, rng, device):
         self.rng = rng
         self.device = device
         self.count = 0  # transitions that were ever added
-        self.widths = [obs_dim, action_dim, 1, obs_dim, 1]
+        self.widths = [obs_dim, action_dim, 1, obs_dim, 1, action_dim, action_dim]
         self.rows = np.zeros((capacity, sum(self.widths)), np.float32)
 
-    def add(self, obs, action, reward, next_obs, terminated):
-        row = np.hstack([obs, action, reward, next_obs, terminated])
+    def add(self, obs, action, reward, next_obs, terminated, mean, var):
+        row = np.hstack([obs, action, reward, next_obs, terminated, mean, var])
         self.rows[self.count % len(self.rows)] = row
         self.count += 1
 
     def sample(self, batch_size):
-        """Return (batch, width) observations, actions, rewards, next observations, terminated."""
+        """Return observations, actions, rewards, next observations, terminated, means, vars."""
         index = self.rng.integers(min(self.count, len(self.rows)), size=batch_size)
         rows = torch.from_numpy(self.rows[index]).to(self.device)
-        obs, actions, rewards, next_obs, terminated = rows.split(self.widths, 1)
-        return obs, actions, rewards.squeeze(1), next_obs, terminated.squeeze(1)
+        obs, actions, rewards, next_obs, terminated, means, vars = rows.split(self.widths, 1)
+        return obs, actions, rewards.squeeze(1), next_obs, terminated.squeeze(1), means, vars
 
 
 class Adam(nn.Module):
@@ -334,7 +344,7 @@ class Smoothie(nn.Module):
         self.actor_optimizer.step(theta_grads)
         with torch.no_grad():
             phi -= self.args.log_var_lr / self.value_scale * phi_grad
-            phi.clamp_(max=0.0)  # a wider policy acts at the bounds and gets no signal to narrow
+            phi.clamp_(self.args.log_var_min, 0.0)  # wider policies act at the bounds: no signal
         self.update_targets()
         return {
             "losses/actor_loss": loss.detach(),
@@ -343,25 +353,24 @@ class Smoothie(nn.Module):
             "losses/value_scale": self.value_scale,
         }
 
-    def update_critics(self, observations, actions, rewards, next_observations, terminated):
-        """One step of w on (18), the buffer taken as near-uniform. Return what to log."""
+    def update_critics(self, observations, actions, rewards, next_obs, terminated, means, vars):
+        """One step of w on the smoothed Bellman error (18). Return what to log."""
         with torch.no_grad():
-            next_actions, _ = self.target_actor(next_observations)
-            next_values = [qf(next_observations, next_actions) for qf in self.target_qfs]
-            next_value = torch.stack(next_values).amin(0)
+            next_actions, _ = self.target_actor(next_obs)
+            next_values = torch.stack([qf(next_obs, next_actions) for qf in self.target_qfs])
             not_done = 1 - terminated  # a time limit bootstraps, a termination does not
-            targets = self.args.reward_scale * rewards + self.args.gamma * not_done * next_value
+            targets = rewards + self.args.gamma * not_done * next_values.amin(0)
             self.value_scale.lerp_(targets.abs().mean(), self.args.tau).clamp_(min=1e-6)
 
             _, log_var = self.actor(observations)
-            phantom_actions = actions + (0.5 * log_var).exp() * torch.randn_like(actions)
+            k = (log_var.exp() / vars).clamp(max=1.0) * self.args.exact_phantom_actions
+            phantom_means = means + (1 - k) * (actions - means)
+            phantom_vars = (1 - k) * log_var.exp()
+            phantom_actions = phantom_means + phantom_vars.sqrt() * torch.randn_like(actions)
 
         values = torch.stack([qf(observations, phantom_actions) for qf in self.qfs])
         losses = (values - targets).square().mean(1)  # (critics,)
-        grads = torch.autograd.grad(losses.sum(), self.w)
-        norm = torch.nn.utils.get_total_norm(grads)
-        scale = (self.args.max_grad_norm / norm).clamp(max=1.0)
-        self.q_optimizer.step([scale * grad for grad in grads])
+        self.q_optimizer.step(torch.autograd.grad(losses.sum(), self.w))
         return {
             "losses/qf1_loss": losses[0].detach(),
             "losses/qf1_values": values[0].detach().mean(),
@@ -584,25 +593,29 @@ def train(args, env, eval_env, run_dir):
             episode_return = 0.0
             episode_length = 0
 
-        # Act: uniformly at random at first, then by the policy.
+        # Act: uniformly at random at first, then by a policy a little wider than N(mu, Sigma).
         if step <= args.learning_starts:
             action = rng.uniform(-1.0, 1.0, action_dim).astype(np.float32)
+            mean = action
+            std = np.full(action_dim, np.inf, np.float32)
         else:
             mean, std = agent.actor.act(obs)
+            std *= args.exploration
             action = mean + std * rng.standard_normal(action_dim, np.float32)
 
         # Step, and store the transition.
         next_obs, reward, terminated, truncated, _ = env.step(action)
-        buffer.add(obs, action, reward, next_obs, terminated)
+        buffer.add(obs, action, reward, next_obs, terminated, mean, std**2)
         obs = next_obs
         done = terminated or truncated
         episode_return += reward
         episode_length += 1
 
-        # Learn.
+        # Learn: the critics at every step, the policy and the targets at some.
         if step > args.learning_starts:
-            losses |= update_policy(*buffer.sample(args.batch_size))
             losses |= update_critics(*buffer.sample(args.batch_size))
+            if step % args.policy_delay == 0:
+                losses |= update_policy(*buffer.sample(args.batch_size))
 
         # Log.
         if done:
