@@ -577,11 +577,13 @@ def train(args, env, eval_env, run_dir):
 
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, rng, device)
     start, evaluations = load_checkpoint(run_dir, agent, buffer, rng)
+    if start > args.total_timesteps:
+        sys.exit(f"--total-timesteps {args.total_timesteps}: {start} steps are done")
     writer = SummaryWriter(run_dir, purge_step=start + 1 if start else 0)
     if start == 0:
         record_evaluation(0, agent, eval_env, args, run_dir, evaluations, writer)
 
-    clock = time.time()
+    clock = time.perf_counter()
     saved = start  # step of the last checkpoint
     done = True
     losses = {}
@@ -624,7 +626,8 @@ def train(args, env, eval_env, run_dir):
             bar.set_postfix_str(f"return {episode_return:.0f}", refresh=False)
         if step % LOG_FREQUENCY == 0:
             log_losses(step, losses, agent, writer)
-            writer.add_scalar("charts/SPS", (step - start) / (time.time() - clock), step)
+            steps_per_second = (step - start) / (time.perf_counter() - clock)
+            writer.add_scalar("charts/SPS", steps_per_second, step)
 
         # Evaluate the mean action.
         if step % args.eval_frequency == 0 or step == args.total_timesteps:

@@ -1,379 +1,513 @@
-"""utils: from run folders to data, figures and tables, and the committed results."""
+"""utils: the statistics, and from run folders to figures, tables and evaluations."""
 
 import csv
-import dataclasses
-import filecmp
-import glob
-import importlib
 import json
-import os
-import re
-import resource
+import math
 import runpy
-from collections import defaultdict
+import shutil
+import sys
+from pathlib import Path
 
-import collect
+import evaluate
 import figures
+import gymnasium as gym
+import imageio.v2 as imageio
 import numpy as np
 import pytest
 import table
 import torch
 import value_estimates
-from evaluations import LABELS, align, bootstrap_interval, interquartile_mean, read_data, read_run, t_interval
+from runs import (
+    Run,
+    bootstrap_interval,
+    interquartile_mean,
+    probability_of_improvement,
+    ratio_interval,
+    read_published,
+    read_runs,
+    t_interval,
+)
 from scipy import stats
 
 import ddpg_continuous
 import smoothie_closed_form
-from tests.conftest import ROOT, run
+import smoothie_continuous
 
-DATA = os.path.join(ROOT, "results", "data")
-MORE_DATA = os.path.join(ROOT, "results", "data_more_seeds")
-LONG_DATA = os.path.join(ROOT, "results", "data_million")
-
-
-def collect_runs(*run_dirs, output="data"):
-    collect.main(collect.Args(run_dirs, output))
-
-
-def print_table(capsys, *data, **options):
-    capsys.readouterr()
-    table.main(table.Args(data or ("data",), **options))
-    return capsys.readouterr().out
+ROOT = Path(__file__).parent.parent
+DATA = ROOT / "results" / "data"
+HEADER = "global_step,episode,episodic_return,episodic_length\n"
+# Its rewards depend on the state and the action. Episodes end early, if far from the origin.
+TASK = """
+import gymnasium as gym
+import numpy as np
 
 
-def run_folder(folder, script="ddpg_continuous", seed=1, returns=((100.0, 300.0), (400.0, 600.0)), env_id="Hopper-v4", **flags):
-    """Make a run folder: evaluations of two episodes each, 5,000 steps apart."""
-    os.makedirs(folder)
-    config = {"env_id": env_id, "exp_name": script, "seed": seed, "provenance": [{"commit": "abc"}]} | flags
-    with open(f"{folder}/config.json", "w") as file:
-        json.dump(config, file)
-    rows = [f"{5000 * i},{j},{r},10\n" for i, episodes in enumerate(returns) for j, r in enumerate(episodes)]
-    with open(f"{folder}/evaluations.csv", "w") as file:
-        file.write("global_step,episode,episodic_return,episodic_length\n" + "".join(rows))
+class Drift(gym.Env):
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
+    action_space = gym.spaces.Box(-0.5, 2.0, (2,))
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.obs = self.np_random.standard_normal(2).astype(np.float32)
+        return self.obs, {}
+
+    def step(self, action):
+        noise = self.np_random.standard_normal(2).astype(np.float32)
+        self.obs = self.obs + 0.3 * action + 0.3 * noise
+        far = bool(np.abs(self.obs).max() > 5)
+        return self.obs, float(self.obs[0] - np.square(action).sum()), far, False, {}
+
+    def render(self):
+        return np.full((32, 48, 3), 128, np.uint8)
+
+
+gym.register("Drift-v0", entry_point=Drift, max_episode_steps=20)
+"""
+
+
+def write_run(folder, returns, task="Hopper-v4", script="ddpg_continuous", seed=1, **flags):
+    """Make a run folder in the style of the newest scripts: two episodes each 5,000 steps."""
+    folder = Path(folder, f"{task}__{script}__{seed}__{len(list(Path(folder).glob('*')))}")
+    folder.mkdir(parents=True)
+    config = {"env_id": task, "task": task, "exp_name": script, "seed": seed} | flags
+    (folder / "config.json").write_text(json.dumps(config))
+    rows = [
+        f"{5000 * i},{episode},{value + offset},10\n"
+        for i, value in enumerate(returns)
+        for episode, offset in enumerate((-1.0, 1.0))
+    ]
+    (folder / "evaluations.csv").write_text(HEADER + "".join(rows))
     return folder
 
 
-def test_from_run_folders_to_figures_and_table(capsys):
-    for seed, offset in [(1, 0.0), (2, 100.0), (3, 500.0)]:
-        returns = np.array([[100.0, 300.0], [400.0, 600.0]])
-        run_folder(f"runs/d{seed}", seed=seed, returns=returns + offset)
-        run_folder(f"runs/s{seed}", "smoothie_continuous", seed, (returns + offset)[: 1 if seed == 3 else 2] - 1000)
-    run_folder("runs/n1", "smoothie_no_kl")
-    collect_runs(*glob.glob("runs/*"))
-    assert filecmp.cmp("runs/d2/evaluations.csv", "data/Hopper-v4__ddpg_continuous__2.csv", shallow=False)
-    assert filecmp.cmp("runs/d2/config.json", "data/Hopper-v4__ddpg_continuous__2.json", shallow=False)
-    figures.main(figures.Args("data", "pictures"))
-    names = [f"figure_{number}{version}.png" for number in (3, 4) for version in ("", "_iqm")]
-    assert sorted(os.listdir("pictures")) == sorted(names)
-    text = print_table(capsys)
-    # DDPG: (200 + 500) / 2 + offset; Smoothie's third run stopped after its first evaluation: 200 + 500 - 1000.
-    # With three seeds an interval extends 4.3027 standard errors to each side; they are 152.75 and 104.08.
-    assert "| **DDPG** | 3 | 5k | 350, 450, 850 | 550 (-107 to 1,207) | 550 |  | 1,000 |" in text
-    assert "| **Smoothie** | 3 | 0k to 5k | -650, -550, -300 | -500 (-948 to -52) | -500 | -1,050 (" in text
-    assert "| **Smoothie without KL** | 1 | 5k | 350 | 350 | 350 | -200 | 500 |" in text
-    assert "| DDPG, CleanRL (v4, training return) | 3 | 1000k | | 1,577 ± 819 |" in text
+def command_line(monkeypatch, capsys, name, *words):
+    """Call python utils/name.py in this process. Return what it prints."""
+    monkeypatch.setattr("sys.argv", [name, *map(str, words)])
+    capsys.readouterr()
+    runpy.run_path(str(ROOT / "utils" / name), run_name="__main__")
+    return capsys.readouterr().out
 
 
-def test_the_figures_show_whatever_was_measured(capsys):
-    cells = [("Hopper-v4", script) for script in ("ddpg_continuous", "smoothie_closed_form", "smoothie_continuous", "sac")]
-    cells += [("Swimmer-v4", "smoothie_no_kl"), ("Swimmer-v4", "smoothie_continuous"), ("Pendulum-v1", "ddpg_continuous")]
-    cells += [("Acrobot-v9", "smoothie_no_kl"), ("Pendulum-v1", "ppo")]
-    for i, (task, script) in enumerate(cells):
-        run_folder(f"runs/{i}", script, env_id=task)
-    collect_runs(*glob.glob("runs/*"))
-    data = read_data("data")
-    drawn = {name: [(task, *scripts) for task, scripts in panels.items()] for name, panels in figures.select(data).items()}
-    assert drawn["figure_3"] == [
-        ("Swimmer-v4", "smoothie_continuous"),
-        ("Hopper-v4", "smoothie_continuous", "smoothie_closed_form", "ddpg_continuous", "sac"),
-        ("Pendulum-v1", "ddpg_continuous", "ppo"),
-    ]
-    assert drawn["figure_4"] == [("Swimmer-v4", "smoothie_continuous", "smoothie_no_kl"), ("Acrobot-v9", "smoothie_no_kl")]
-
-    styles = figures.line_styles(data)
-    labels = {"figure_3": ["Smoothie", "Smoothie in closed form", "DDPG", "ppo", "sac"]}
-    labels["figure_4"] = ["Smoothie", "Smoothie without KL"]
-    colors = {}
-    for name, panels in figures.select(data).items():
-        figure = figures.draw(panels, styles, figures.mean_and_clipped_deviation, show_seeds=False)
-        assert [axis.get_title() for axis in figure.axes] == [f"{task} (seeds: 1)" for task in panels]
-        legend = figure.legends[0]
-        assert [text.get_text() for text in legend.texts] == labels[name]
-        for line, label in zip(legend.get_lines(), labels[name], strict=True):
-            assert colors.setdefault(label, line.get_color()) == line.get_color(), "the same colour in both figures"
-        figures.plt.close(figure)
-    assert len(set(colors.values())) == 6
-    rows = [line.split("|")[1].strip(" *") for line in print_table(capsys).splitlines() if line.startswith("| **")]
-    assert rows == ["Smoothie", "Smoothie without KL", *labels["figure_3"][:3], "sac", "Smoothie without KL", "DDPG", "ppo"]
+def test_statistics_of_a_run():
+    run = Run({}, np.arange(0, 101, 10), np.array([1.0, 3, 2, 6, 6, 6, 6, 6, 5, 7, 9]))
+    assert run.final_return() == 7.0, "the mean at the steps 80, 90 and 100"
+    assert run.area() == pytest.approx(57 / 11)
+    assert run.swings() == pytest.approx((2 + 1 + 4 + 1 + 2 + 2) / 10 / (57 / 11))
+    falling = Run({}, np.array([0, 10]), np.array([-1.0, -3.0]))
+    assert falling.swings() == 1.0
 
 
-def test_many_other_scripts_look_different():
-    styles = figures.line_styles({"Hopper-v4": [f"variant_{i}" for i in range(12)]})
-    assert len({tuple(style.values()) for style in styles.values()}) == 12
+def test_interquartile_mean():
+    samples = [np.array([9.0, 1.0, 5.0]), np.array([3.0, 100.0, 4.0, 6.0, -50.0])]
+    assert interquartile_mean(samples) == np.mean([3.0, 4.0, 5.0, 6.0])
 
 
-def test_the_bold_line_ends_with_the_shortest_run():
-    run_folder("runs/1", seed=1, returns=((1.0, 3.0), (5.0, 5.0), (6.0, 8.0)))
-    run_folder("runs/2", seed=2, returns=((2.0, 2.0), (4.0, 8.0)))
-    collect_runs("runs/1", "runs/2")
-    steps, returns = align(read_data("data")["Hopper-v4"]["ddpg_continuous"])
-    assert steps.tolist() == [0, 5000] and returns.tolist() == [[2.0, 5.0], [2.0, 6.0]]
+def test_probability_of_improvement():
+    samples = [np.array([1.0, 3.0]), np.array([5.0])]
+    others = [np.array([2.0, 3.0]), np.array([4.0])]
+    first = (0 + 0 + 1 + 0.5) / 4  # 1 < 2, 1 < 3, 3 > 2, 3 = 3
+    assert probability_of_improvement(samples, others) == pytest.approx((first + 1) / 2)
 
 
-def test_runs_of_different_lengths_are_compared_up_to_the_same_step(capsys):
-    collect_runs(run_folder("runs/1", seed=1, returns=((1.0, 3.0), (4.0, 6.0), (70.0, 90.0))), output="data")
-    collect_runs(run_folder("runs/2", seed=2, returns=((2.0, 4.0), (7.0, 9.0))), output="more")
-    rows = [line for line in print_table(capsys, "data", "more", last_step=5000).splitlines() if line.startswith("| **")]
-    assert [cell.strip() for cell in rows[0].split("|")[2:5]] == ["2", "5k", "4, 6"] and len(rows) == 1
-    with pytest.raises(SystemExit, match="some seeds of ddpg_continuous on Hopper-v4 appear twice"):
-        print_table(capsys, "data", "more", "data")
+def test_bootstrap_interval():
+    """It agrees with SciPy's, and draws the seeds of each task on their own."""
+    rng = np.random.default_rng(0)
+    sample = rng.normal(10.0, 2.0, 12)
+    expected = stats.bootstrap(
+        [sample],
+        lambda values, axis: stats.trim_mean(values, 0.25, axis=axis),
+        n_resamples=10_000,
+        method="percentile",
+        rng=1,
+    ).confidence_interval
+    ends = bootstrap_interval(interquartile_mean, [sample])
+    assert np.allclose(ends, expected, atol=0.1 * np.ptp(expected))
+
+    two_tasks = [np.array([0.0, 0.0]), np.array([1.0, 1.0])]
+    assert bootstrap_interval(interquartile_mean, two_tasks).tolist() == [0.5, 0.5]
+    better, worse = [np.array([3.0, 4.0])], [np.array([1.0, 2.0])]
+    assert bootstrap_interval(probability_of_improvement, better, worse).tolist() == [1.0, 1.0]
+    assert np.isnan(bootstrap_interval(interquartile_mean, [np.array([1.0])])).all()
 
 
-def test_no_collected_data_is_lost():
-    first = run_folder("runs/first")
-    longer = run_folder("runs/longer", returns=((100.0, 300.0), (400.0, 600.0), (7.0, 8.0)))
-    other = run_folder("runs/other", returns=((1.0, 2.0), (3.0, 4.0)))
-    with pytest.raises(SystemExit, match="are both Hopper-v4__ddpg_continuous__1"):
-        collect_runs(first, longer)
-    assert not os.path.exists("data")
-    collect_runs(first)
-    collect_runs(longer)
-    for refused in (first, other):
-        with pytest.raises(SystemExit, match="holds evaluations that"):
-            collect_runs(refused)
-    with pytest.raises(SystemExit, match=r"other flags than runs/flags/evaluations.csv \(tau\)"):  # though it begins alike
-        collect_runs(run_folder("runs/flags", returns=((100.0, 300.0), (400.0, 600.0), (7.0, 8.0), (9.0, 9.0)), tau=0.1))
-    longest = run_folder("runs/longest", returns=((100.0, 300.0), (400.0, 600.0), (7.0, 8.0), *[(9.0, 9.0)] * 99))
-    csv = "data/Hopper-v4__ddpg_continuous__1.csv"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))  # fails like a full disk
-        for output in ("data", csv):
-            with pytest.raises(SystemExit, match=f"{output}: cannot write [^\n]*$"):
-                collect_runs(longest, output=output)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert filecmp.cmp(csv, f"{longer}/evaluations.csv", shallow=False)
-    with pytest.raises(SystemExit, match=f"{csv}/figure_3.png: cannot write [^\n]*$"):
-        figures.main(figures.Args("data", csv))
+def test_t_interval():
+    a, b = np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0])
+    assert np.allclose(t_interval(a), 2 + 4.302653 / math.sqrt(3) * np.array([-1, 1]))
+    error = math.sqrt(1 / 3 + 4 / 3)
+    freedom = (1 / 3 + 4 / 3) ** 2 / ((1 / 3) ** 2 / 2 + (4 / 3) ** 2 / 2)  # Welch
+    margin = stats.t.ppf(0.975, freedom) * error
+    assert np.allclose(t_interval(a, b), [-2 - margin, -2 + margin])
+    assert np.isnan(t_interval(a[:1])).all() and np.isnan(t_interval(a, b[:1])).all()
 
 
-def test_seeds_with_different_settings_are_not_averaged():
-    run_folder("runs/1", seed=1, tau=0.1, compile=True, threads=1)
-    run_folder("runs/2", seed=2, tau=0.2, compile=False, capture_video=True)
-    collect_runs("runs/1", "runs/2")
-    with pytest.raises(SystemExit, match=r"the seeds of ddpg_continuous on Hopper-v4 differ in tau \(0.1, 0.2\)"):
-        read_data("data")
-    os.remove("data/Hopper-v4__ddpg_continuous__1.csv")
-    collect_runs(run_folder("runs/old", seed=1))  # an older version without the flag
-    with pytest.raises(SystemExit, match=r"differ in tau \(0.2, None\)"):
-        read_data("data")
+def test_ratio_interval():
+    a, b = np.array([1.0, 3.0]), np.array([4.0, 6.0])  # means 2 and 5, both variances 2
+    squares = np.array([2 / 2**2 / 2, 2 / 5**2 / 2])
+    freedom = squares.sum() ** 2 / (squares**2).sum()
+    factor = math.exp(stats.t.ppf(0.975, freedom) * math.sqrt(squares.sum()))
+    assert np.allclose(ratio_interval([a], [b]), [0.4, 0.4 / factor, 0.4 * factor])
+
+    ratio, low, high = ratio_interval([a, b], [b, 10 * a])
+    assert ratio == pytest.approx(math.sqrt(2 / 5 * 5 / 20)), "a geometric mean"
+    assert math.sqrt(low * high) == pytest.approx(ratio)
+
+
+def test_ratio_interval_holds_the_truth():
+    """In 95% of experiments with five seeds and a realistic spread, within 2%."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(1000):
+        _, low, high = ratio_interval([rng.normal(3.0, 0.9, 5)], [rng.normal(2.0, 0.4, 5)])
+        held += low < 1.5 < high
+    assert 930 <= held <= 970
+
+
+def test_read_run_folders(tmp_path):
+    """Those of older scripts, too, whose config.json lacks the task and the number of critics."""
+    write_run(tmp_path, [5.0, 7.0], task="Ant-v4", seed=2, script="closed_form_fixed_sigma")
+    write_run(tmp_path, [1.0, 2.0, 4.0], task="Walker2d-v4", seed=2, critics=1, threads=4)
+    old = write_run(tmp_path, [3.0, 6.0], task="Walker2d-v4", seed=1)
+    config = json.loads((old / "config.json").read_text())
+    del config["task"]
+    (old / "config.json").write_text(json.dumps(config))
+    write_run(tmp_path, [0.0], task="my_module:Mine-v0", script="smoothie_continuous")
+
+    data = read_runs([tmp_path])
+    assert list(data) == ["Walker2d-v4", "Ant-v4", "my_module:Mine-v0"]
+    assert list(data["Ant-v4"]) == ["closed_form_fixed_sigma"]
+    first, second = data["Walker2d-v4"]["ddpg_continuous"]
+    assert first.steps.tolist() == [0, 5000] and first.returns.tolist() == [3.0, 6.0]
+    assert second.steps.tolist() == [0, 5000, 10000] and second.returns.tolist() == [1.0, 2.0, 4.0]
+    early = read_runs([tmp_path], last_step=5000)["Walker2d-v4"]["ddpg_continuous"][1]
+    assert early.returns.tolist() == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(
-    ("module", "args", "message"),
+    ("flags", "message"),
     [
-        (collect, [("nowhere",)], "nowhere/evaluations.csv: cannot read the evaluations"),
-        (collect, [("begun",)], "begun/evaluations.csv: cannot read the evaluations"),
-        (collect, [()], "name at least one run folder"),
-        (figures, ["nowhere"], "nowhere: no evaluations found"),
-        (table, [("nowhere",)], "nowhere: no evaluations found"),
-        (table, [()], "name at least one folder of data"),
-        (value_estimates, [("nowhere",)], "nowhere: config.json or checkpoint.pt is missing"),
-        (value_estimates, [("begun",)], "begun: config.json or checkpoint.pt is missing"),
-        (value_estimates, [()], "name at least one run folder"),
+        ({"seed": 1}, "ddpg_continuous on Hopper-v4: a seed appears twice"),
+        ({"seed": 2, "tau": 0.2}, r"ddpg_continuous on Hopper-v4: .* differ in tau \(0.1, 0.2\)"),
+        ({"seed": 2, "critics": 2}, r"differ in critics \(1, 2\)"),
     ],
 )
-def test_bad_input_gets_one_sentence(module, args, message):
-    run_folder("begun", returns=())
-    with pytest.raises(SystemExit, match=f"^{message}[^\n]*$"):
-        module.main(module.Args(*args))
+def test_runs_that_must_not_be_averaged(tmp_path, flags, message):
+    write_run(tmp_path, [1.0], seed=1, tau=0.1)
+    write_run(tmp_path, [1.0], **({"tau": 0.1} | flags))
+    with pytest.raises(SystemExit, match=message):
+        read_runs([tmp_path])
 
 
-@pytest.mark.parametrize("name", ["collect", "figures", "table", "value_estimates"])
-def test_help(name, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", [f"{name}.py", "--help"])
-    with pytest.raises(SystemExit, match=r"^0$"):
-        runpy.run_path(os.path.join(ROOT, "utils", f"{name}.py"), run_name="__main__")
-    assert f"python utils/{name}.py" in capsys.readouterr().out
-
-
-def test_statistics():
-    """The interquartile mean equals its definition; 95% intervals hold the truth 95% of the time, with six seeds 90%."""
-    values = np.array([9.0, 1.0, 5.0, 3.0, 100.0, 4.0, 6.0, -50.0])
-    assert interquartile_mean(values) == np.mean([3.0, 4.0, 5.0, 6.0])
-    assert interquartile_mean(values[:3]) == 5.0
-    rng = np.random.default_rng(0)
-    values = rng.normal(10.0, 2.0, (30, 600))  # 600 experiments with 30 seeds each
-    low, high = bootstrap_interval(values, resamples=500)
-    deviation = 2.0 * np.sqrt(1.195 / 30)  # of the interquartile mean of 30 values from N(10, 2)
-    assert 0.92 < np.mean((low < 10.0) & (10.0 < high)) < 0.97
-    assert np.mean(high - low) == pytest.approx(2 * stats.norm.ppf(0.975) * deviation, rel=0.06)
-    low, high = bootstrap_interval(rng.normal(10.0, 2.0, (6, 2_000)), resamples=500)
-    assert 0.88 < np.mean((low < 10.0) & (10.0 < high)) < 0.93
-    assert np.isnan(bootstrap_interval(values[:4])).all()
-
-
-@pytest.mark.parametrize("seeds", [2, 3, 6])
-def test_intervals_of_few_seeds_hold_the_truth(seeds):
-    """Student's interval is exact for normal values; Welch's holds the truth at least as often, to a percent or two."""
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(10.0, 2.0, (2000, seeds)), rng.normal(4.0, 1.0, (2000, seeds))
-    one, two = np.array([t_interval(x) for x in a]), np.array([t_interval(x, y) for x, y in zip(a, b, strict=True)])
-    assert 0.935 < np.mean((one[:, 0] < 10.0) & (10.0 < one[:, 1])) < 0.965
-    assert 0.93 < np.mean((two[:, 0] < 6.0) & (6.0 < two[:, 1])) < 0.99
-    assert np.isnan(t_interval(a[0, :1])).all() and np.isnan(t_interval(a[0], b[0, :1])).all()
-
-
-def test_value_estimates(script, capsys, monkeypatch):
-    """Each reward is 1, and an episode ends by a termination, then one by the time limit. Smoothie explores, DDPG does not."""
-    flags = {} if script is ddpg_continuous else {"log_var_init": -5.0, "log_var_lr": 0.0}
-    flags |= {"env_id": "tests.fake_envs:Recorder-v0", "total_timesteps": 110, "checkpoint_frequency": 110}
-    run_dir = run(script, seed=3, **flags)
-    checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
-    checkpoint["agent"]["qfs.0.fc_q.weight"][:] = 0.1  # so that value and curvature depend on the state and the action
-    torch.save(checkpoint, run_dir / "checkpoint.pt")
-    args, env, agent, step = value_estimates.load(str(run_dir))
-    assert step == 110
-    returns, expected, actual, _ = value_estimates.compare(args, env, agent, 20)
-    assert returns.tolist() == 10 * [5, 7]
-
-    recorder = env.unwrapped
-    assert recorder.seeds == list(range(10_003, 10_023)), "the starts of the run's evaluations, and ten more"
-    low, high = recorder.action_space.low, recorder.action_space.high
-    actions, s = (np.array(recorder.received) - low) / (high - low) * 2 - 1, torch.tensor(np.float32(recorder.seen))
-    with torch.no_grad():
-        mean, std = agent.actor(s), 0.0 if script is ddpg_continuous else np.exp(-2.5)
-        values, error = agent.qfs[0](s, mean), 1e-4
-        if script is smoothie_closed_form:  # which smooths Q, so a mean over many actions gives the value
-            samples = torch.stack([agent.qfs[0](s, mean + std * torch.randn(len(s), 2)) for _ in range(4_000)])
-            values, error, unsmoothed = samples.mean(0), 5 * samples.std(0) / len(samples) ** 0.5, values
-            assert ((values - unsmoothed).abs() > error).any()
-    assert np.allclose(np.std(actions - mean.numpy(), 0), std, rtol=0.2, atol=1e-6)
-    assert ((torch.tensor(expected) * args.reward_scale - values).abs() < error).all()
-
-    left, last = np.arange(7, 0, -1), value_of_last_state(script, env, agent, args)
-    assert np.allclose(actual[:5], (1 - args.gamma ** left[2:]) / (1 - args.gamma))
-    assert np.allclose(actual[-7:], (1 - args.gamma**left) / (1 - args.gamma) + args.gamma**left * last)
-
-    middle = 1.001 * mean.abs().median().item()  # nothing is beyond 0.97 here
-    monkeypatch.setattr(value_estimates, "SATURATED", middle)
-    saturated = value_estimates.compare(*value_estimates.load(str(run_dir))[:3], 20)[3]
-    assert np.allclose(saturated, (mean.abs() > middle).float().mean(1)) and 0.3 < saturated.mean() < 0.7
-    value_estimates.main(value_estimates.Args((str(run_dir),)))
-    returns, expected, actual, saturated = value_estimates.compare(*value_estimates.load(str(run_dir))[:3], 10)
-    row = f"| {args.env_id} | {table.LABELS[script.__name__]} | 3 | 0k | 6 | {expected.mean():,.0f} | {actual.mean():,.0f} |"
-    row += f" {saturated.mean():.0%} |"
-    assert capsys.readouterr().out.splitlines()[-1] == row and f"{expected.mean():,.0f}" != f"{actual.mean():,.0f}"
-
-
-def value_of_last_state(script, env, agent, args):
-    """Return the critic's value of the policy in the state that the environment is in, in units of rewards."""
-    s = torch.tensor(np.float32(env.unwrapped.obs))[None]
-    with torch.no_grad():
-        qf, action = agent.qfs[0], agent.actor(s)
-        value = qf.smoothed(s, action, agent.actor.log_var)[0] if script is smoothie_closed_form else qf(s, action)
-    return value.item() / args.reward_scale
-
-
-def test_the_deviation_is_clipped_to_the_seeds():
-    returns = np.array([[0.0, 1.0], [0.0, 2.0], [9.0, 3.0]])
-    mean, low, high = figures.mean_and_clipped_deviation(returns)
-    assert np.allclose(mean, [3.0, 2.0])
-    assert np.allclose(low, [0.0, 2.0 - np.sqrt(2 / 3)])  # 3 - 4.24 is below the lowest seed
-    assert np.allclose(high, [3.0 + np.sqrt(18), 2.0 + np.sqrt(2 / 3)])
-
-
-def test_committed_figures_and_tables_come_from_the_committed_data(capsys):
-    figures.main(figures.Args(DATA, "results"))  # in the temporary folder
-    figures.main(figures.Args(LONG_DATA, "results/million"))
-    drawn = glob.glob("results/**/*.png", recursive=True)
-    assert len(drawn) == 6
-    for path in drawn:
-        assert filecmp.cmp(path, os.path.join(ROOT, path), shallow=False), f"{path} is out of date"
-    with open(os.path.join(ROOT, "results", "README.md")) as file:
-        readme = file.read().splitlines()
-    for line in (print_table(capsys, DATA) + print_table(capsys, LONG_DATA)).splitlines():
-        assert line in readme, f"results/README.md lacks {line!r}: paste the output of utils/table.py"
-    more = print_table(capsys, DATA, MORE_DATA, last_step=235_000)
-    lines = [line for task in ("HalfCheetah-v4", "Walker2d-v4") for line in re.findall(rf"### {task}\n\n((?:\|.*\n)+)", more)]
-    assert len(lines) == 2
-    for line in "".join(lines).splitlines():
-        assert "1000k" in line or line in readme, f"results/README.md lacks {line!r}"
-
-
-def read_csv(name):
-    with open(os.path.join(ROOT, "results", name)) as file:
-        return list(csv.DictReader(file))
-
-
-def test_readmes_quote_the_committed_runs():
-    """The return of a run is the mean of its last 10 evaluations, in the CSV files and in the tables written by hand."""
-    with open(os.path.join(ROOT, "README.md")) as main, open(os.path.join(ROOT, "results", "README.md")) as detailed:
-        readme, results = main.read(), detailed.read().replace("–, ", "")
-    quotes, runs = [], defaultdict(list)
-    for folder, steps in [(DATA, "300k"), (LONG_DATA, "1000k")]:
-        for scripts in read_data(folder).values():
-            cells = [", ".join(f"{run.returns[-10:].mean():,.0f}" for run in scripts.get(script, [])) for script in LABELS]
-            quotes.append((readme, re.sub(" +", " ", f"| {steps} | {' | '.join(cells)} |")))
-    for row in read_csv("training_returns.csv"):
-        runs[row["task"], "", row["script"]].append(f"{int(row['mean_return']):,}")
-    for task in {task for task, *_ in runs}:
-        smoothie, ddpg = (", ".join(runs[task, "", script]) for script in ("smoothie_continuous", "ddpg_continuous"))
-        quotes.append((results, f"| {task} | {smoothie} | {ddpg} |"))
-    runs.clear()
-    for row in (row for name in ("two_critics", "tuning", "tuning_300k", "continued") for row in read_csv(f"{name}.csv")):
-        curve = [float(value) for step, value in row.items() if step.isdigit() and value]
-        assert abs(np.mean(curve[-10:]) - int(row["last_10"])) <= 1, row
-        if "expected" in row and int(row["seed"]) < 200:  # two critics, without the tuning seeds
-            value = f"{int(row['last_10']):,}"
-            quotes.append((results, f"{value} ({row['full_length_percent']}%)"))
-            quotes.append((results, f"| {row['expected']} / {row['actual']} |"))
-            runs[row["task"], row["flags"], row["script"]].append(value)
-    quotes += [(readme, ", ".join(values)) for values in runs.values()]
-    for scripts in read_data(LONG_DATA, last_step=300_000).values():
-        for script in ("smoothie_continuous", "ddpg_continuous"):
-            first, second, third = (f"{run.returns[-10:].mean():,.0f}" for run in scripts[script])
-            quotes.append((results.replace("\n", " "), f"{first}, {second} and {third}"))
-    for text, quote in quotes:
-        assert quote in text, f"README.md lacks {quote}"
-
-
-def test_the_table_of_falls_comes_from_the_committed_data():
-    with open(os.path.join(ROOT, "results", "README.md")) as file:
-        section = re.search("### Falls\n\n.*\n.*\n((?:\\|.*\n)+)", file.read())
-    scripts = {label: script for script, label in LABELS.items()}
-    for line in section[1].splitlines():
-        task, steps, label, share, unhurt, others = line.strip("| ").split(" | ")
-        folder = {"300k": DATA, "1000k": LONG_DATA}[steps]
-        paths = glob.glob(os.path.join(folder, f"{task}__{scripts[label]}__*.csv"))
-        episodes = np.concatenate([np.loadtxt(path, delimiter=",", skiprows=1)[-100:] for path in paths])
-        full = episodes[:, 3] == 1000
-        means = [f"{episodes[rows, 2].mean():,.0f}" for rows in (full, ~full)]
-        assert [share.split(",")[0], unhurt, others] == [f"{full.mean():.0%}", *means], line
+def test_a_folder_without_runs(tmp_path):
+    with pytest.raises(SystemExit, match="holds no run folders"):
+        read_runs([tmp_path])
 
 
 def test_committed_data_name_their_versions():
-    paths = glob.glob(os.path.join(DATA + "*", "*.json"))
-    assert {os.path.dirname(path) for path in paths} == {DATA, MORE_DATA, LONG_DATA}
+    paths = list((ROOT / "results").glob("data*/*/config.json"))
+    assert paths
     for path in paths:
-        with open(path) as file:
-            provenance = json.load(file)["provenance"]
-        for made_by in provenance:
-            assert re.fullmatch("[0-9a-f]{40}", made_by["commit"]), path
-            assert {"torch", "gymnasium", "mujoco", "numpy"} <= made_by.keys()
+        config = json.loads(path.read_text())
+        versions = config.get("versions") or config["provenance"][0]  # older scripts
+        assert {"torch", "gymnasium", "mujoco", "numpy"} <= versions.keys(), path
 
 
-@pytest.mark.parametrize("path", sorted(glob.glob(os.path.join(DATA + "*", "*.json"))), ids=os.path.basename)
-def test_committed_data_have_the_flags_of_the_benchmark(path):
-    """The defaults of the scripts and benchmark_settings.txt, as they are now, repeat the committed runs."""
-    config = read_run(path.removesuffix("json") + "csv", path).config
-    flags = dataclasses.asdict(importlib.import_module(config["exp_name"]).Args())
-    with open(os.path.join(ROOT, "benchmark_settings.txt")) as file:
-        settings = [line.partition("#")[0].split() for line in file]
-    for task, script, *given in filter(None, settings):
-        if task in ("*", config["env_id"]) and script in ("*", config["exp_name"]):
-            names = [flag.removeprefix("--").replace("-", "_") for flag in given[::2]]
-            flags |= dict(zip(names, map(float, given[1::2]), strict=True))
-    own = {"env_id", "seed", "total_timesteps", "threads", "script", "provenance"}
-    assert {k: v for k, v in config.items() if k not in own} == {k: v for k, v in flags.items() if k not in own}
+def test_published_rows():
+    """Runs are compared with what others reach in no fewer steps."""
+    for last_step, steps in [(700, 100_000), (300_000, 300_000), (300_001, 1_000_000)]:
+        assert {row["steps"] for row in read_published(last_step)} == {str(steps)}
+    assert {row["steps"] for row in read_published(3_000_000)} == {"1000000"}
+
+
+def test_table(tmp_path, monkeypatch, capsys):
+    for seed, value in [(1, 100.0), (2, 200.0), (3, 600.0)]:
+        write_run(tmp_path, [0.0, 300.0, value], seed=seed)
+        write_run(tmp_path, [0.0, 0.0, value + 500.0], script="smoothie_continuous", seed=seed)
+    write_run(tmp_path, [0.0, 450.0], script="mine")
+    lines = command_line(monkeypatch, capsys, "table.py", tmp_path).splitlines()
+
+    # The last fifth is the last evaluation. Three seeds, standard deviation 264.58: the interval
+    # is 4.3027 standard errors of 152.75 to each side, for the difference 2.7764 of 216.02.
+    swings = [(300 + 200) / 2 / (400 / 3), (300 + 100) / 2 / (500 / 3), (300 + 300) / 2 / 300]
+    row = "| **DDPG** | 3 | 10,000 | 300 ± 265 | -357 to 957 |  | 200 |"
+    assert f"{row} {np.mean(swings):.0%} | 600 |" in lines
+    row = "| **Smoothie** | 3 | 10,000 | 800 ± 265 | 143 to 1,457 | +500 (-100 to +1,100) | 267 |"
+    assert f"{row} 150% | 1,100 |" in lines
+    assert "| **mine** | 1 | 5,000 | 450 |  | +150 | 225 | 200% | 450 |" in lines
+    (public,) = [line for line in lines if line.startswith("| TD3, sfujim/TD3 (v1, last fifth)")]
+    assert public == (
+        "| TD3, sfujim/TD3 (v1, last fifth) | 10 | 100,000 | 687 ± 513 |  |  | 360 | 28% |  |"
+    )
+
+    start = lines.index("### 5,000 to 10,000 steps, 1 to 3 seeds")
+    summary = lines[start + 2 : start + 7]
+    assert summary[0] == "|  | Smoothie | DDPG | mine | TD3 (Tianshou, v3) |"
+    assert summary[2] == "| Hopper-v4 | 800 ± 265 | 300 ± 265 | 450 | 549 ± 235 |"
+    assert summary[3].startswith("| interquartile mean of return / TD3's return | 1.46 (")
+    assert summary[3].endswith("| 0.82 |  |")  # with three seeds or one, the mean
+    # 600, 700 and 1,100 against 100, 200 and 600: all pairs are higher but a tie
+    assert summary[4].startswith("| probability of a higher return than DDPG | 0.94 (")
+
+
+def trailing_mean(values):
+    return [np.mean(values[max(0, i - 4) : i + 1]) for i in range(len(values))]
+
+
+def curve_of(path):
+    """Return the steps of a run and the smoothed mean of the episodes at each."""
+    episodes = {}
+    with open(path) as file:
+        for row in csv.DictReader(file):
+            step = int(row["global_step"])
+            episodes.setdefault(step, []).append(float(row["episodic_return"]))
+    curve = trailing_mean([np.mean(returns) for returns in episodes.values()])
+    return np.array(list(episodes)), np.array(curve)
+
+
+def test_the_figures_show_the_committed_data():
+    data = read_runs([DATA])
+    figure = figures.learning_curves(data)
+    colors = figures.choose_colors(data)
+    assert len(set(colors.values())) == len(colors)
+    assert len(figure.axes) == len(data)
+    checked = 0
+    for axis, (task, scripts) in zip(figure.axes, data.items(), strict=True):
+        assert axis.get_title().startswith(task)
+        for name, color in colors.items():
+            curves = []
+            for path in sorted(DATA.glob(f"{task}__{name}__*/evaluations.csv")):
+                curves.append(curve_of(path))
+            assert len(curves) == len(scripts.get(name, []))
+            drawn = [line for line in axis.get_lines() if line.get_color() == color]
+            thin = [line for line in drawn if line.get_linewidth() < 1]
+            for line, (steps, values) in zip(thin, curves, strict=True):
+                assert np.allclose(line.get_xdata() * 1e6, steps)
+                assert np.allclose(line.get_ydata(), values)
+            if curves:
+                (bold,) = [line for line in drawn if line.get_linewidth() >= 2]
+                shortest = min(len(values) for _, values in curves)
+                assert np.allclose(
+                    bold.get_ydata(), np.mean([values[:shortest] for _, values in curves], 0)
+                )
+                checked += 1
+        for row in read_published(figures.longest(data)):
+            if row["source"] == "Tianshou" and row["algorithm"] == "TD3":
+                if task.startswith(row["task"] + "-"):
+                    (line,) = [line for line in axis.get_lines() if line.get_color() == "black"]
+                    assert line.get_ydata() == [float(row["return"])] * 2
+    assert checked == sum(map(len, data.values()))
+    figures.plt.close(figure)
+
+
+def test_ratios(tmp_path, monkeypatch, capsys):
+    for seed, value in [(1, 1.0), (2, 3.0)]:
+        write_run(tmp_path, [value], seed=seed)
+        write_run(tmp_path, [3 * value], script="smoothie_continuous", seed=seed)
+        write_run(tmp_path, [value], task="Ant-v4", seed=seed)
+        write_run(tmp_path, [value - 9], task="Ant-v4", script="smoothie_continuous", seed=seed)
+        write_run(tmp_path, [value], task="Ant-v4", script="smoothie_no_kl", seed=seed)
+    write_run(tmp_path, [1.0], script="smoothie_no_kl")
+
+    rows = figures.ratio_rows(read_runs([tmp_path]), "ddpg_continuous")
+    assert list(rows) == ["smoothie_continuous", "smoothie_no_kl"]
+    expected = ratio_interval([np.array([3.0, 9.0])], [np.array([1.0, 3.0])])
+    assert np.array_equal(rows["smoothie_continuous"]["Hopper-v4"], expected)
+    assert np.isnan(rows["smoothie_continuous"]["Ant-v4"]).all(), "a negative mean"
+    assert np.isnan(rows["smoothie_continuous"]["all tasks"]).all()
+    assert list(rows["smoothie_no_kl"]) == ["Ant-v4"], "one seed on Hopper-v4"
+
+    figure = figures.ratios(read_runs([tmp_path]), "ddpg_continuous")
+    (axis,) = figure.axes
+    points = [line.get_xdata().item() for line in axis.get_lines() if line.get_marker() == "o"]
+    assert [point for point in points if point > 0] == pytest.approx([3.0, 1.0])
+    figures.plt.close(figure)
+
+    command_line(monkeypatch, capsys, "figures.py", tmp_path, "--output", tmp_path / "pictures")
+    names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert names == ["learning_curves.png", "ratios.png"]
+    alone = read_runs([write_run(tmp_path / "alone", [1.0]).parent])
+    assert figures.ratios(alone, "ddpg_continuous") is None
+
+
+@pytest.fixture(scope="module", params=[smoothie_continuous, ddpg_continuous])
+def trained(request, tmp_path_factory):
+    """A short run. Return the folder that its task is in and the run folder."""
+    script = request.param
+    folder = tmp_path_factory.mktemp(script.__name__)
+    (folder / "my_task.py").write_text(TASK)
+    args = script.Args(
+        env_id="my_task:Drift-v0",
+        total_timesteps=150,
+        learning_starts=50,
+        batch_size=16,
+        buffer_size=1000,
+        eval_frequency=60,
+        eval_episodes=4,
+        compile=False,
+        run_dir=str(folder / "run"),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield folder, script.main(args)
+
+
+def last_evaluation(run_dir):
+    """Return (return, length) of the episodes, as strings."""
+    lines = (run_dir / "evaluations.csv").read_text().splitlines()[1:]
+    last_step = lines[-1].split(",")[0]
+    return [tuple(line.split(",")[2:]) for line in lines if line.startswith(f"{last_step},")]
+
+
+def test_evaluate_repeats_the_last_evaluation(trained, monkeypatch, capsys):
+    folder, run_dir = trained
+    alone = folder / "alone"
+    alone.mkdir()
+    for path in [run_dir / "policy.pt", run_dir / "config.json", *run_dir.glob("*.py")]:
+        shutil.copy(path, alone)
+    expected = last_evaluation(run_dir)
+    assert len({length for _, length in expected}) > 1, "some episodes end early"
+    results = evaluate.main(evaluate.Args(alone))
+    assert [(str(value), str(length)) for value, length in results] == expected
+
+    monkeypatch.chdir(folder)  # which --env-id my_task:Drift-v0 is looked for in
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place != str(folder)])
+    monkeypatch.delitem(sys.modules, "my_task")
+    output = command_line(monkeypatch, capsys, "evaluate.py", "alone")
+    for i, (value, length) in enumerate(expected):
+        assert f"episode {i}: return {float(value):.2f}, length {length}\n" in output
+
+
+def test_evaluate_with_noise_and_video(trained, tmp_path):
+    _, run_dir = trained
+    args = evaluate.Args(run_dir, episodes=2, noise=0.2, video=tmp_path / "first.mp4")
+    results = evaluate.main(args)
+    assert len(results) == 2
+    assert results != evaluate.main(evaluate.Args(run_dir, episodes=2))
+    assert results == evaluate.main(evaluate.Args(run_dir, episodes=2, noise=0.2)), "seeded"
+    frames = imageio.get_reader(tmp_path / "first.mp4").count_frames()
+    assert frames == results[0][1] + 1
+
+
+class Receiver(gym.Env):
+    """Keeps the actions."""
+
+    observation_space = gym.spaces.Box(-1.0, 1.0, (1,))
+    action_space = gym.spaces.Box(-1.0, 1.0, (2,))
+
+    def __init__(self):
+        self.actions = []
+
+    def step(self, action):
+        self.actions.append(action)
+        return np.zeros(1), 0.0, False, False, {}
+
+
+def test_noise_has_the_standard_deviation():
+    env = evaluate.add_noise(Receiver(), 0.2, seed=1)
+    mean = np.array([0.5, -0.9], np.float32)
+    for _ in range(4000):
+        env.step(mean)
+    noise = np.array(env.unwrapped.actions) - mean
+    assert np.allclose(noise.std(0), 0.2, rtol=0.04)
+    assert np.allclose(noise.mean(0), 0.0, atol=0.01)
+    assert abs(np.corrcoef(noise.T)[0, 1]) < 0.05
+
+
+def test_evaluate_without_a_run(tmp_path):
+    with pytest.raises(SystemExit, match="holds no run"):
+        evaluate.main(evaluate.Args(tmp_path))
+
+
+def test_discounted_sums():
+    assert value_estimates.discounted_sums([1.0, 2.0, 3.0], 0.5, 4.0) == [3.25, 4.5, 5.0]
+
+
+class Ones:
+    """Rewards of 1. Episodes end in turn by a termination (5 steps) and by a time limit (7)."""
+
+    def __init__(self):
+        self.episode = -1
+        self.states = []  # that an action was taken in
+        self.actions = []
+        self.seeds = []
+
+    def reset(self, seed):
+        self.rng = np.random.default_rng(seed)
+        self.seeds.append(seed)
+        self.episode += 1
+        self.count = 0
+        self.obs = self.rng.standard_normal(3).astype(np.float32)
+        return self.obs, {}
+
+    def step(self, action):
+        self.states.append(self.obs)
+        self.actions.append(action)
+        self.obs = self.rng.standard_normal(3).astype(np.float32)
+        self.count += 1
+        terminated = self.episode % 2 == 0 and self.count == 5
+        return self.obs, 1.0, terminated, self.count == 7, {}
+
+
+@pytest.mark.parametrize("module", [smoothie_continuous, smoothie_closed_form, ddpg_continuous])
+def test_value_estimates(module):
+    """`expected` is the value of the policy, smoothed for Smoothie; `actual` has a closed form."""
+    torch.manual_seed(0)
+    args = module.Args(seed=3, gamma=0.9)
+    is_ddpg = module is ddpg_continuous
+    agent = (module.DDPG if is_ddpg else module.Smoothie)(3, 2, args)
+    with torch.no_grad():
+        agent.qfs[0].fc_q.weight.abs_().mul_(100)  # so that the value depends on state and action
+        agent.qfs[0].fc2.weight[:, -2:].mul_(10)
+        agent.actor.fc_mean.weight.mul_(1000)
+        if not is_ddpg:
+            agent.actor.log_var.fill_(-2.0)
+    env = Ones()
+    returns, expected, actual, saturated = value_estimates.compare(args, env, agent, 20)
+    assert env.seeds == list(range(10_003, 10_023)), "the starts of the run's evaluations"
+    assert returns.tolist() == 10 * [5, 7]
+
+    states = torch.tensor(np.array(env.states))
+    with torch.no_grad():
+        output = agent.actor(states)
+        mean = output if is_ddpg else output[0]
+        std = 0.0 if is_ddpg else math.exp(-1.0)
+        values = agent.qfs[0](states, mean)
+        error = 1e-4
+        if module is smoothie_closed_form:  # its critic is not smoothed: so average over actions
+            noisy = [mean + std * torch.randn_like(mean) for _ in range(500)]
+            samples = torch.stack([agent.qfs[0](states, actions) for actions in noisy])
+            error = 5 * samples.std(0) / math.sqrt(len(samples))
+            assert ((values - samples.mean(0)).abs() > error).any(), "smoothing matters"
+            values = samples.mean(0)
+        assert ((torch.tensor(expected) - values).abs() < error).all()
+        assert values.std() > 0.1
+        last = torch.tensor(env.obs)[None]
+        last_action = agent.actor(last) if is_ddpg else agent.actor(last)[0]
+
+    noise = np.array(env.actions) - mean.numpy()
+    assert np.allclose(noise.std(0), std, rtol=0.2, atol=1e-6)
+    assert np.allclose(saturated, (mean.abs() > 0.97).float().mean(1))
+    assert 0 < saturated.mean() < 1
+
+    # Five rewards after a start, then nothing; seven, then the critic's own value.
+    assert np.allclose(actual[:5], (1 - 0.9 ** np.arange(5, 0, -1)) / 0.1)
+    left = np.arange(7, 0, -1)
+    if module is smoothie_closed_form:
+        final = agent.qfs[0].smoothed(last, last_action, agent.actor.log_var)[0].item()
+    else:
+        final = agent.qfs[0](last, last_action).item()
+    assert np.allclose(actual[-7:], (1 - 0.9**left) / 0.1 + 0.9**left * final)
+
+
+def test_value_estimates_of_a_run(trained, capsys):
+    _, run_dir = trained
+    _, _, agent, step = value_estimates.load(run_dir)
+    policy = torch.load(run_dir / "policy.pt", weights_only=True)
+    assert all(torch.equal(value, policy[key]) for key, value in agent.actor.state_dict().items())
+    value_estimates.main(value_estimates.Args((run_dir,)))
+    row = capsys.readouterr().out.splitlines()[-1]
+    label = table.LABELS[next(run_dir.glob("*.py")).stem]
+    assert step == 150 and row.startswith(f"| my_task:Drift-v0 | {label} | 1 | 150 | ")

@@ -1,29 +1,42 @@
-"""Draw Figures 3 and 4 of the paper from the data that collect.py wrote.
+"""Draw the learning curves of runs, and the ratios of their returns.
 
     python utils/figures.py results/data --output results
 
-Figure 3 compares Smoothie with DDPG, Figure 4 compares it with and without the KL penalty. Each has a panel for every task
-that has data for it. Other scripts in the data are added to Figure 3.
+learning_curves.png has a panel for each task: the return of the mean action, smoothed over the last
+five evaluations. Thin lines are seeds; a bold line is their mean and ends with the shortest run.
+Level lines are public returns of TD3 and SAC.
 
-figure_3.png and figure_4.png show the mean and the standard deviation over seeds, clipped to the seeds' minimum and maximum,
-as in the paper. figure_3_iqm.png and figure_4_iqm.png show the interquartile mean, a thin line for each seed and,
-from five seeds on, a 95% bootstrap interval (about 90% with five or six seeds). Bold lines end with the shortest run.
+ratios.png shows the mean return of each script over that of the baseline, with 95% intervals. It
+needs two scripts with two seeds each.
 """
 
 import math
-import os
-import sys
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
 
 import matplotlib
 import numpy as np
 import tyro
-from evaluations import LABELS, align, bootstrap_interval, in_order, interquartile_mean, read_data
+from runs import (
+    LABELS,
+    final_returns,
+    in_order,
+    longest,
+    ratio_interval,
+    read_published,
+    read_runs,
+    span,
+)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+WINDOW = 5  # evaluations that a smoothed value averages
+PUBLIC_SOURCE = "Tianshou"  # the one with all six tasks
+PUBLIC_STYLES = {
+    "TD3": {"color": "black", "linestyle": "--"},
+    "SAC": {"color": "#555555", "linestyle": ":"},
+}
 # The colour-blind-safe palette of Okabe and Ito.
 COLORS = {
     "smoothie_continuous": "#0072B2",
@@ -31,94 +44,165 @@ COLORS = {
     "smoothie_closed_form": "#CC79A7",
     "ddpg_continuous": "#D55E00",
 }
-OTHER_COLORS = ["#E69F00", "#56B4E9", "#000000"]
-LINE_STYLES = ["-", "--", ":", "-."]
+OTHER_COLORS = ["#E69F00", "#56B4E9", "#F0E442", "#332288", "#882255"]  # the last two are Tol's
 
 
 @dataclass
 class Args:
-    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
-    """the folder that collect.py wrote"""
-    output: str = "."
-    """the folder for the pictures"""
+    data: tyro.conf.Positional[tuple[Path, ...]] = (Path("results/data"),)  # folders of run folders
+    output: Path = Path(".")  # folder for the pictures
+    baseline: str = "ddpg_continuous"  # the script that ratios.png compares the others with
 
 
-def select(data):
-    """Return {figure: {task: {script: runs}}}, without empty figures and panels."""
-    figures = {"figure_3": {}, "figure_4": {}}
-    for task, scripts in data.items():
-        if others := {name: runs for name, runs in scripts.items() if name != "smoothie_no_kl"}:
-            figures["figure_3"][task] = others
-        if "smoothie_no_kl" in scripts:
-            pair = ("smoothie_continuous", "smoothie_no_kl")
-            figures["figure_4"][task] = {name: scripts[name] for name in pair if name in scripts}
-    return {name: panels for name, panels in figures.items() if panels}
-
-
-def line_styles(data):
-    """Return {script: colour and line style} for the scripts of all tasks, in order."""
+def choose_colors(data):
+    """Return {exp_name: colour} for the series of all tasks, in order."""
     names = in_order(set().union(*data.values()), LABELS)
-    styles = {name: {"color": color, "linestyle": "-"} for name, color in COLORS.items() if name in names}
-    for i, name in enumerate(name for name in names if name not in COLORS):
-        line_style = LINE_STYLES[i // len(OTHER_COLORS) % len(LINE_STYLES)]
-        styles[name] = {"color": OTHER_COLORS[i % len(OTHER_COLORS)], "linestyle": line_style}
-    return styles
+    others = [name for name in names if name not in COLORS]
+    colors = dict(COLORS)
+    for i, name in enumerate(others):
+        colors[name] = OTHER_COLORS[i % len(OTHER_COLORS)]
+    return {name: colors[name] for name in names}
 
 
-def mean_and_clipped_deviation(returns):
-    """Return the mean and the lower and upper end of the band, each (n,), of returns (runs, n)."""
-    mean, deviation = returns.mean(0), returns.std(0)
-    return mean, np.maximum(mean - deviation, returns.min(0)), np.minimum(mean + deviation, returns.max(0))
+def smooth(returns):
+    """Return the mean of each evaluation and up to WINDOW - 1 before it, (n,)."""
+    return np.array([returns[max(0, i + 1 - WINDOW) : i + 1].mean() for i in range(len(returns))])
 
 
-def iqm_and_interval(returns):
-    """Return the interquartile mean and the ends of its 95% interval, each (n,), of returns (runs, n)."""
-    return interquartile_mean(returns), *bootstrap_interval(returns)
+def mean_curve(runs):
+    """Return the steps that all runs have evaluated, and their mean smoothed return there."""
+    steps = sorted(set.intersection(*[set(run.steps.tolist()) for run in runs]))
+    curves = [smooth(run.returns)[np.isin(run.steps, steps)] for run in runs]
+    return np.array(steps), np.mean(curves, 0)
 
 
-def draw(panels, styles, curves, show_seeds):
-    """Return the figure: a panel for each task, with a line and a band for each script."""
-    columns = 4 if len(panels) == 4 else min(len(panels), 3)
-    rows, legend_columns = math.ceil(len(panels) / columns), max(columns, 2)
-    names = [name for name in styles if any(name in scripts for scripts in panels.values())]
-    size = (min(2 + 3 * columns, 10), 0.6 + 0.25 * math.ceil(len(names) / legend_columns) + 2.6 * rows)
+def draw_public(axis, task, published):
+    """Draw the level lines of a task, whatever its version."""
+    for row in published:
+        if row["source"] == PUBLIC_SOURCE and row["algorithm"] in PUBLIC_STYLES:
+            if task.startswith(row["task"] + "-"):
+                steps = f"{int(row['steps']):,} steps"
+                label = f"{row['algorithm']} after {steps} ({row['source']}, {row['version']})"
+                style = PUBLIC_STYLES[row["algorithm"]]
+                axis.axhline(float(row["return"]), **style, linewidth=1.2, label=label)
+
+
+def learning_curves(data):
+    """Return the figure with a panel for each task."""
+    colors = choose_colors(data)
+    published = read_published(longest(data))
+    columns = min(len(data), 3)
+    rows = math.ceil(len(data) / columns)
+    size = (max(3.4 * columns, 6), 2.7 * rows + 0.8)
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    for axis in axes.flat[len(panels) :]:
+    for axis in axes.flat[len(data) :]:
         axis.remove()
-    lines = {}
-    for (task, scripts), axis in zip(panels.items(), axes.flat, strict=False):
-        for name, runs in reversed(scripts.items()):  # the first script ends up on top
-            steps, returns = align(runs)
-            middle, lower, upper = curves(returns)
-            axis.fill_between(steps / 1e6, lower, upper, color=styles[name]["color"], alpha=0.18, linewidth=0)
-            (lines[name],) = axis.plot(steps / 1e6, middle, **styles[name], linewidth=2, label=LABELS.get(name, name))
-            for run in runs if show_seeds else ():
-                axis.plot(run.steps / 1e6, run.returns, **styles[name], linewidth=0.6, alpha=0.55)
-        low, high = min(map(len, scripts.values())), max(map(len, scripts.values()))
-        axis.set_title(f"{task} (seeds: {low if low == high else f'{low} to {high}'})", fontsize=10)
+
+    lines = {}  # of the legend, by label
+    for (task, scripts), axis in zip(data.items(), axes.flat, strict=False):
+        for name, runs in reversed(scripts.items()):  # so that the first script ends up on top
+            for run in runs:
+                x = run.steps / 1e6
+                axis.plot(x, smooth(run.returns), color=colors[name], linewidth=0.6, alpha=0.5)
+            steps, curve = mean_curve(runs)
+            label = LABELS.get(name, name)
+            axis.plot(steps / 1e6, curve, color=colors[name], linewidth=2, label=label)
+        draw_public(axis, task, published)
+        for line, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            lines[label] = line
+
+        axis.set_title(f"{task} (seeds: {span([len(runs) for runs in scripts.values()])})")
         axis.set_xlim(0, None)
         axis.grid(alpha=0.25)
-    handles = [lines[name] for name in names]
-    figure.legend(handles=handles, loc="outside upper center", ncols=legend_columns, frameon=False, fontsize=10)
-    figure.supxlabel("million environment steps", fontsize=10)
-    figure.supylabel("return of the mean action", fontsize=10)
+
+    labels = [LABELS.get(name, name) for name in colors]
+    labels += [label for label in lines if label not in labels]
+    handles = [lines[label] for label in labels]
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(columns, 2), frameon=False)
+    figure.supxlabel("million environment steps")
+    figure.supylabel("return of the mean action")
+    return figure
+
+
+def ratio_rows(data, baseline):
+    """Return {exp_name: {task: (ratio, low, high)}}, the last task being "all tasks".
+
+    Tasks where one of the two has fewer than two seeds are left out, and then so are "all tasks".
+    The ratio is nan where a mean is not positive, and so is that of all tasks.
+    """
+    rows = {}
+    for name in in_order(set().union(*data.values()) - {baseline}, LABELS):
+        pairs = {
+            task: (final_returns(scripts[name]), final_returns(scripts[baseline]))
+            for task, scripts in data.items()
+            if min(len(scripts.get(name, [])), len(scripts.get(baseline, []))) > 1
+        }
+        if not pairs:
+            continue
+        samples, others = zip(*pairs.values(), strict=True)
+        positive = {
+            task: min(np.mean(pair[0]), np.mean(pair[1])) > 0 for task, pair in pairs.items()
+        }
+        nothing = (np.nan, np.nan, np.nan)
+        rows[name] = {
+            task: ratio_interval([a], [b]) if positive[task] else nothing
+            for task, (a, b) in pairs.items()
+        }
+        if len(pairs) == len(data) > 1:
+            whole = all(positive.values())
+            rows[name]["all tasks"] = ratio_interval(samples, others) if whole else nothing
+    return rows
+
+
+def ratios(data, baseline):
+    """Return the forest plot, or None without two scripts of two seeds."""
+    rows = ratio_rows(data, baseline)
+    if not rows:
+        return None
+    colors = choose_colors(data)
+    tasks = in_order(set().union(*rows.values()), [*data, "all tasks"])
+    size = (7, 1.2 + len(tasks) * (0.25 + 0.16 * len(rows)))
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    for i, (name, ratio_of) in enumerate(rows.items()):
+        offset = 0.7 * ((i + 0.5) / len(rows) - 0.5)
+        label = LABELS.get(name, name)
+        for j, task in enumerate(tasks):
+            y = j + offset
+            ratio, low, high = ratio_of.get(task, (np.nan, np.nan, np.nan))
+            axis.plot([low, high], [y, y], color=colors[name], linewidth=2)
+            axis.plot(ratio, y, "o", color=colors[name], label=label if j == 0 else None)
+            if task in ratio_of and np.isnan(ratio):
+                axis.text(1, y, " no ratio: a mean below 0", color=colors[name], va="center")
+    axis.axvline(1, color="black", linewidth=1)
+    if "all tasks" in tasks:
+        axis.axhline(len(tasks) - 1.5, color="black", linewidth=0.5)
+    axis.set_xscale("log")
+    left, right = axis.get_xlim()
+    axis.set_xlim(max(left, 0.05), min(right, 20))  # intervals of two seeds would dwarf the others
+    axis.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axis.set_yticks(range(len(tasks)), tasks)
+    axis.invert_yaxis()
+    axis.grid(alpha=0.25, axis="x")
+    baseline_label = LABELS.get(baseline, baseline)
+    axis.set_xlabel(f"return in the last fifth of the steps, over that of {baseline_label}")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 
 def main(args):
-    data = read_data(args.data)
-    styles = line_styles(data)
-    for name, panels in select(data).items():
-        for suffix, curves in [("", mean_and_clipped_deviation), ("_iqm", iqm_and_interval)]:
-            path = os.path.join(args.output, name + suffix + ".png")
-            figure = draw(panels, styles, curves, show_seeds=suffix == "_iqm")
-            try:
-                os.makedirs(args.output, exist_ok=True)
-                figure.savefig(path, dpi=110)
-            except OSError as error:
-                sys.exit(f"{path}: cannot write ({error})")
+    data = read_runs(args.data)
+    args.output.mkdir(parents=True, exist_ok=True)
+    figures = {
+        "learning_curves.png": learning_curves(data),
+        "ratios.png": ratios(data, args.baseline),
+    }
+    for name, figure in figures.items():
+        if figure:
+            figure.savefig(args.output / name, dpi=120)
             plt.close(figure)
-            print(path, file=sys.stderr)
+            print(args.output / name)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
-"""Read the data that collect.py wrote, and compute the statistics for figures.py and table.py."""
+"""Read run folders, and compute the statistics that figures.py and table.py show.
 
-import glob
+Both take data folders: any folder with `*/evaluations.csv` and `*/config.json`, one pair a run, so
+benchmark_runs/ itself. To keep these two small files of each run:
+
+    (cd benchmark_runs && tar -cf - */evaluations.csv */config.json) | tar -xf - -C results/data
+"""
+
+import csv
 import json
-import os
+import math
 import sys
-import warnings
-from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy import stats
@@ -18,95 +23,186 @@ LABELS = {
     "ddpg_continuous": "DDPG",
 }
 TASKS = ["Swimmer-v4", "HalfCheetah-v4", "Hopper-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4"]
-# Flags that may differ between the seeds of an experiment.
-MAY_DIFFER = {"seed", "total_timesteps", "script", "provenance", "cuda", "compile", "threads", "track", "wandb_project_name"}
-MAY_DIFFER |= {"checkpoint_frequency", "capture_video", "resume", "evaluate"}
+# What may differ between the runs of a series.
+MAY_DIFFER = {
+    "seed",
+    "total_timesteps",
+    "run_dir",
+    "run_id",
+    "versions",
+    "provenance",
+    "cuda",
+    "compile",
+    "threads",
+    "track",
+    "wandb_project_name",
+    "capture_video",
+    "checkpoint_frequency",
+}
 
 
 @dataclass
 class Run:
-    """The content of config.json, the evaluated steps (n,) and the mean return of each evaluation (n,)."""
+    """A run's config, its evaluated steps (n,) and the mean return of each evaluation (n,)."""
 
     config: dict
     steps: np.ndarray
     returns: np.ndarray
 
+    def final_return(self):
+        """Mean return of the evaluations in the last fifth of the steps: the primary metric."""
+        return self.returns[self.steps >= 0.8 * self.steps[-1]].mean()
 
-def read_run(csv_path, config_path):
-    """Return a Run, or exit with an error message."""
-    try:
-        with open(config_path) as file:
-            config = json.load(file)
-        with warnings.catch_warnings(action="ignore"):  # an empty file fails in the next line
-            rows = np.loadtxt(csv_path, delimiter=",", skiprows=1, ndmin=2)
-        steps, _, returns, _ = rows.T
-        config["env_id"], config["exp_name"], config["seed"]
-        config.setdefault("critics", 1)  # older scripts, without this flag, have one critic
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        sys.exit(f"{csv_path}: cannot read the evaluations or the config.json of this run ({error})")
-    evaluated = np.unique(steps)
-    return Run(config, evaluated.astype(int), np.array([returns[steps == step].mean() for step in evaluated]))
+    def area(self):
+        """Area under the learning curve: the mean return of all evaluations."""
+        return self.returns.mean()
+
+    def swings(self):
+        """Mean absolute change from one evaluation to the next, over the mean return."""
+        return np.abs(np.diff(self.returns)).mean() / abs(self.returns.mean())
+
+
+def read_run(run_dir, last_step=math.inf):
+    config = json.loads((run_dir / "config.json").read_text())
+    config = {"task": config["env_id"], "critics": 1} | config  # older scripts write neither
+    rows = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1, ndmin=2)
+    rows = rows[rows[:, 0] <= last_step]
+    steps = np.unique(rows[:, 0])
+    returns = np.array([rows[rows[:, 0] == step, 2].mean() for step in steps])
+    return Run(config, steps.astype(int), returns)
+
+
+def check_series(runs, name):
+    """Exit if the runs of a series repeat a seed or differ in a flag that matters."""
+    seeds = [run.config["seed"] for run in runs]
+    if len(set(seeds)) < len(seeds):
+        sys.exit(f"{name}: a seed appears twice; give ablations an --exp-name of their own")
+    shared = set.intersection(*[set(run.config) for run in runs])
+    for key in sorted(shared - MAY_DIFFER):
+        values = {str(run.config[key]) for run in runs}
+        if len(values) > 1:
+            sys.exit(f"{name}: the runs differ in {key} ({', '.join(sorted(values))})")
 
 
 def in_order(names, known):
     """Return the names sorted: the known ones in their order, then the others by name."""
+    known = list(known)
     return sorted(names, key=lambda name: ([*known, name].index(name), name))
 
 
-def differing(configs):
-    """Return the flags that differ between the configs, apart from those that may differ between seeds."""
-    return [key for key in sorted(set().union(*configs) - MAY_DIFFER) if len({str(config.get(key)) for config in configs}) > 1]
-
-
-def read_data(*folders, last_step=np.inf):
-    """Return {task: {script: [Run of each seed]}}, everything in order and up to last_step, or exit with an error message."""
-    data = defaultdict(lambda: defaultdict(list))
-    for folder in folders:
-        paths = glob.glob(os.path.join(glob.escape(folder), "*.csv"))
+def read_runs(folders, last_step=math.inf):
+    """Return {task: {exp_name: [Run of each seed]}}, in order."""
+    data = {}
+    for folder in map(Path, folders):
+        paths = list(folder.glob("*/evaluations.csv"))
         if not paths:
-            sys.exit(f"{folder}: no evaluations found; collect some with python utils/collect.py runs/* --output {folder}")
+            sys.exit(f"{folder}: holds no run folders (no {folder}/*/evaluations.csv)")
         for path in paths:
-            run = read_run(path, path[: -len("csv")] + "json")
-            kept = run.steps <= last_step
-            data[run.config["env_id"]][run.config["exp_name"]].append(Run(run.config, run.steps[kept], run.returns[kept]))
+            run = read_run(path.parent, last_step)
+            scripts = data.setdefault(run.config["task"], {})
+            scripts.setdefault(run.config["exp_name"], []).append(run)
+
     for task, scripts in data.items():
-        for script, runs in scripts.items():
+        for name, runs in scripts.items():
+            check_series(runs, f"{name} on {task}")
             runs.sort(key=lambda run: run.config["seed"])
-            seeds = [run.config["seed"] for run in runs]
-            if len(set(seeds)) < len(seeds):
-                sys.exit(f"{', '.join(folders)}: some seeds of {script} on {task} appear twice")
-            for key in differing([run.config for run in runs]):
-                values = ", ".join(sorted({str(run.config.get(key)) for run in runs}))
-                sys.exit(f"{', '.join(folders)}: the seeds of {script} on {task} differ in {key} ({values}); separate them")
-    return {task: {script: data[task][script] for script in in_order(data[task], LABELS)} for task in in_order(data, TASKS)}
+        data[task] = {name: scripts[name] for name in in_order(scripts, LABELS)}
+    return {task: data[task] for task in in_order(data, TASKS)}
 
 
-def align(runs):
-    """Return the steps (n,) that all runs have evaluated and the returns (runs, n) at these steps."""
-    steps = sorted(set.intersection(*[set(run.steps.tolist()) for run in runs]))
-    return np.array(steps), np.array([run.returns[np.isin(run.steps, steps)] for run in runs])
+def longest(data):
+    """Return the last step of the longest run."""
+    return max(
+        run.steps[-1] for scripts in data.values() for runs in scripts.values() for run in runs
+    )
 
 
-def interquartile_mean(values, axis=0):
-    """Mean without the lowest and the highest quarter (Agarwal et al., 2021). With fewer than four values: the mean."""
-    return stats.trim_mean(values, 0.25, axis=axis)
+def span(numbers):
+    """Return "6", or "3 to 6" where the numbers differ."""
+    low, high = min(numbers), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def bootstrap_interval(values, resamples=2_000):
-    """Return the ends of the 95% percentile bootstrap interval of the interquartile mean along axis 0.
+def read_published(last_step):
+    """Return the rows of published.csv, in any version of a task, to compare runs with.
 
-    With five or six values it covers the true value about 90% of the time. With fewer it covers it even less often, so the
-    ends are nan.
+    They are those after the least published number of steps that is no less than last_step.
     """
-    if len(values) < 5:
-        return np.full(np.shape(values)[1:], np.nan), np.full(np.shape(values)[1:], np.nan)
-    options = {"n_resamples": resamples, "batch": 500, "method": "percentile", "confidence_level": 0.95, "rng": 0}
-    return stats.bootstrap([values], interquartile_mean, axis=0, **options).confidence_interval
+    with open(Path(__file__).parent / "published.csv") as file:
+        rows = list(csv.DictReader(file))
+    published_steps = sorted({int(row["steps"]) for row in rows})
+    steps = min((n for n in published_steps if n >= last_step), default=published_steps[-1])
+    return [row for row in rows if int(row["steps"]) == steps]
 
 
-def t_interval(a, b=None):
-    """Return the ends of the 95% t interval of mean(a), or by Welch of mean(a) - mean(b); nan where a sample has one value."""
-    if min(len(sample) for sample in (a, b) if sample is not None) < 2:
-        return np.nan, np.nan
-    test = stats.ttest_1samp(a, 0) if b is None else stats.ttest_ind(a, b, equal_var=False)
-    return test.confidence_interval(0.95)
+def final_returns(runs):
+    return np.array([run.final_return() for run in runs])
+
+
+def interquartile_mean(samples):
+    """Mean over the last axis of all samples, without the lowest and the highest quarter."""
+    return stats.trim_mean(np.concatenate(samples, -1), 0.25, axis=-1)
+
+
+def probability_of_improvement(samples, others):
+    """Probability that a value of a sample exceeds one of its counterpart, mean over the tasks.
+
+    A tie counts half (Agarwal et al., 2021). Values lie along the last axis.
+    """
+    probabilities = []
+    for sample, other in zip(samples, others, strict=True):
+        comparisons = np.sign(sample[..., :, None] - other[..., None, :])
+        probabilities.append(0.5 + 0.5 * comparisons.mean((-2, -1)))
+    return np.mean(probabilities, 0)
+
+
+def bootstrap_interval(statistic, *arguments, resamples=10_000):
+    """Return the 95% percentile bootstrap interval of statistic(*arguments).
+
+    Each argument is a list with one sample a task. The seeds of each are drawn again with
+    replacement, so the tasks are strata (Agarwal et al., 2021). The ends are nan where a sample
+    has a single value.
+    """
+    if min(len(sample) for samples in arguments for sample in samples) < 2:
+        return np.full(2, np.nan)
+    rng = np.random.default_rng(0)
+    resampled = [
+        [rng.choice(sample, (resamples, len(sample))) for sample in samples]
+        for samples in arguments
+    ]
+    return np.quantile(statistic(*resampled), [0.025, 0.975])
+
+
+def t_interval(sample, other=None):
+    """Return the 95% t interval of the mean, or Welch's of the difference to the other's mean.
+
+    The ends are nan where a sample has a single value.
+    """
+    if min(len(sample), len(sample if other is None else other)) < 2:
+        return np.full(2, np.nan)
+    if other is None:
+        test = stats.ttest_1samp(sample, 0)
+    else:
+        test = stats.ttest_ind(sample, other, equal_var=False)
+    return np.array(test.confidence_interval(0.95))
+
+
+def ratio_interval(samples, others):
+    """Return the geometric mean over the tasks of mean(sample) / mean(other), and its 95% interval.
+
+    The interval is Welch's, on the logarithm, whose variance is that of the delta method. All means
+    must be positive.
+    """
+    log_ratio = 0.0
+    variances = []
+    degrees = []
+    for sign, side in [(1, samples), (-1, others)]:
+        for sample in side:
+            log_ratio += sign * math.log(np.mean(sample)) / len(samples)
+            relative_error = np.std(sample, ddof=1) / np.mean(sample) / math.sqrt(len(sample))
+            variances.append((relative_error / len(samples)) ** 2)
+            degrees.append(len(sample) - 1)
+    variances = np.array(variances)
+    freedom = variances.sum() ** 2 / (variances**2 / degrees).sum()  # Welch and Satterthwaite
+    margin = stats.t.ppf(0.975, freedom) * math.sqrt(variances.sum())
+    return np.exp([log_ratio, log_ratio - margin, log_ratio + margin])

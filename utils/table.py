@@ -1,88 +1,176 @@
-"""Print a Markdown table for each task: the data that collect.py wrote, then published returns.
+"""Print the results of runs as Markdown: a summary, then a table for each task.
 
     python utils/table.py results/data
 
-The return of a run is the mean of its last 10 evaluations, even if training diverged. IQM is the interquartile mean over seeds
-(with fewer than four seeds, the mean). Intervals are 95% intervals of the mean over seeds by Student's t, of the difference by
-Welch's t. Published returns are from utils/published.csv and after a million steps.
+The return of a run is the mean return of its evaluations in the last fifth of its steps, those of
+the mean action. Spreads are standard deviations over seeds. `area` is the mean return of all
+evaluations, the area under the learning curve. `swings` is the mean absolute change from one
+evaluation to the next, over the mean return. Intervals are 95% intervals: of a mean Student's t, of
+a difference Welch's t, in the last two rows of the summary a bootstrap over seeds (Agarwal et al.,
+2021). Published returns are from utils/published.csv, where `last fifth` is the same statistic,
+computed from public data of each seed.
 """
 
-import csv
-import os
-import sys
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
 
 import numpy as np
 import tyro
-from evaluations import LABELS, interquartile_mean, read_data, t_interval
-
-LAST = 10  # evaluations that the return of a run averages
-BASELINE = "ddpg_continuous"
-HEADER = (
-    f"| | seeds | steps | last {LAST} evaluations of each seed | mean (95% interval) | IQM | minus DDPG (95% interval) "
-    "| best evaluation |\n"
-    "|---|---|---|---|---|---|---|---|"
+from runs import (
+    LABELS,
+    bootstrap_interval,
+    final_returns,
+    in_order,
+    interquartile_mean,
+    longest,
+    probability_of_improvement,
+    read_published,
+    read_runs,
+    span,
+    t_interval,
 )
+
+PUBLIC = {"algorithm": "TD3", "source": "Tianshou", "version": "v3"}  # the one with all six tasks
 
 
 @dataclass
 class Args:
-    data: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="DATA ...")]
-    """folders that collect.py wrote"""
-    last_step: float = float("inf")
-    """leave out evaluations after this step, to compare runs of different lengths"""
+    data: tyro.conf.Positional[tuple[Path, ...]] = (Path("results/data"),)  # folders of run folders
+    baseline: str = "ddpg_continuous"  # the script to compare the others with
+    last_step: float = float("inf")  # leave out later evaluations, to compare unequal runs
 
 
-def thousands(steps):
-    low, high = min(steps) // 1000, max(steps) // 1000
-    return f"{low}k" if low == high else f"{low}k to {high}k"
+def print_row(*cells):
+    print("| " + " | ".join(map(str, cells)) + " |")
 
 
-def with_interval(value, ends, sign=""):
+def print_header(*cells):
+    print_row(*cells)
+    print("|" + "---|" * len(cells))
+
+
+def with_spread(values):
+    """Return "mean ± standard deviation", the latter of two values or more."""
+    if len(values) == 1:
+        return f"{values[0]:,.0f}"
+    return f"{np.mean(values):,.0f} ± {np.std(values, ddof=1):,.0f}"
+
+
+def interval(ends, number=",.0f"):
+    """Return "low to high", or nothing where there is no interval."""
     low, high = (float(end) for end in ends)
-    return f"{value:{sign},.0f}" + ("" if np.isnan(low) else f" ({low:{sign},.0f} to {high:{sign},.0f})")
+    return "" if np.isnan(low) else f"{low:{number}} to {high:{number}}"
 
 
-def measured_rows(scripts):
-    """Return the rows for the scripts {name: [Run]} of a task."""
-    last = {name: np.array([run.returns[-LAST:].mean() for run in runs]) for name, runs in scripts.items()}
-    rows = []
-    for name, runs in scripts.items():
-        minus = ""
-        if name != BASELINE and BASELINE in scripts:
-            difference = last[name].mean() - last[BASELINE].mean()
-            minus = with_interval(difference, t_interval(last[name], last[BASELINE]), sign="+")
+def with_interval(value, ends, number):
+    """Return "value (low to high)", or the value where there is no interval."""
+    in_words = interval(ends, number)
+    return f"{value:{number}} ({in_words})" if in_words else f"{value:{number}}"
+
+
+def with_bootstrap(statistic, *samples):
+    ends = bootstrap_interval(statistic, *samples)
+    return with_interval(statistic(*samples), ends, ".2f")
+
+
+def public_rows(task, published):
+    """Return the published rows of a task, whatever its version."""
+    return [row for row in published if task.startswith(row["task"] + "-")]
+
+
+def public_return(task, published):
+    """Return what PUBLIC reaches on a task as (mean, standard deviation), or None."""
+    for row in public_rows(task, published):
+        if all(row[key] == value for key, value in PUBLIC.items()):
+            return float(row["return"]), float(row["spread"])
+    return None
+
+
+def print_summary(data, published, baseline):
+    names = in_order(set().union(*data.values()), LABELS)
+    reference = f"{PUBLIC['algorithm']} ({PUBLIC['source']}, {PUBLIC['version']})"
+    all_runs = [runs for scripts in data.values() for runs in scripts.values()]
+    seeds = span([len(runs) for runs in all_runs])
+    steps = span([int(run.steps[-1]) for runs in all_runs for run in runs])
+    print(f"### {steps} steps, {seeds} seeds\n")
+    print_header("", *(LABELS.get(name, name) for name in names), reference)
+    public = {task: public_return(task, published) for task in data}
+    for task, scripts in data.items():
         cells = [
+            with_spread(final_returns(scripts[name])) if name in scripts else "" for name in names
+        ]
+        mean_and_spread = "{:,.0f} ± {:,.0f}".format(*public[task]) if public[task] else ""
+        print_row(task, *cells, mean_and_spread)
+
+    # The last two rows need every task, lest a script gain from what it leaves out.
+    returns = {
+        name: [final_returns(scripts[name]) for scripts in data.values()]
+        for name in names
+        if all(name in scripts for scripts in data.values())
+    }
+    relative = {}
+    better = {}
+    for name, samples in returns.items():
+        if all(public.values()):
+            scores = [sample / td3[0] for sample, td3 in zip(samples, public.values(), strict=True)]
+            relative[name] = with_bootstrap(interquartile_mean, scores)
+        if baseline in returns and name != baseline:
+            better[name] = with_bootstrap(probability_of_improvement, samples, returns[baseline])
+    for label, cells in [
+        (f"interquartile mean of return / {PUBLIC['algorithm']}'s return", relative),
+        (f"probability of a higher return than {LABELS.get(baseline, baseline)}", better),
+    ]:
+        if cells:
+            print_row(label, *(cells.get(name, "") for name in names), "")
+    print()
+
+
+def print_task(task, scripts, published, baseline):
+    print(f"### {task}\n")
+    minus = f"minus {LABELS.get(baseline, baseline)}, 95% interval"
+    print_header(
+        "", "seeds", "steps", "return", "95% interval", minus, "area", "swings", "best evaluation"
+    )
+    returns = {name: final_returns(runs) for name, runs in scripts.items()}
+    for name, runs in scripts.items():
+        difference = ""
+        if name != baseline and baseline in scripts:
+            value = returns[name].mean() - returns[baseline].mean()
+            ends = t_interval(returns[name], returns[baseline])
+            difference = with_interval(value, ends, "+,.0f")
+        print_row(
             f"**{LABELS.get(name, name)}**",
             len(runs),
-            thousands([run.steps[-1] for run in runs]),
-            ", ".join(f"{value:,.0f}" for value in last[name]),
-            with_interval(last[name].mean(), t_interval(last[name])),
-            f"{interquartile_mean(last[name]):,.0f}",
-            minus,
+            span([int(run.steps[-1]) for run in runs]),
+            with_spread(returns[name]),
+            interval(t_interval(returns[name])),
+            difference,
+            f"{np.mean([run.area() for run in runs]):,.0f}",
+            f"{np.mean([run.swings() for run in runs]):.0%}",
             f"{max(run.returns.max() for run in runs):,.0f}",
-        ]
-        rows.append("| " + " | ".join(map(str, cells)) + " |")
-    return rows
-
-
-def published_rows(task):
-    """Return the rows of published returns on a task, in any version of it."""
-    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "published.csv")) as file:
-        rows = [row for row in csv.DictReader(file) if task.startswith(row["task"] + "-")]
-    return [
-        f"| {row['algorithm']}, {row['source']} ({row['version']}, {row['metric']}) | {row['seeds']} | 1000k | | "
-        f"{int(row['return']):,}{' ± ' + row['spread'] if row['spread'] else ''} | | | |"
-        for row in rows
-    ]
+        )
+    for row in public_rows(task, published):
+        spread = f" ± {int(row['spread']):,}" if row["spread"] else ""
+        print_row(
+            f"{row['algorithm']}, {row['source']} ({row['version']}, {row['metric']})",
+            row["seeds"],
+            f"{int(row['steps']):,}",
+            f"{int(row['return']):,}{spread}",
+            "",
+            "",
+            f"{int(row['area']):,}" if row["area"] else "",
+            f"{float(row['swings']):.0%}" if row["swings"] else "",
+            "",
+        )
+    print()
 
 
 def main(args):
-    if not args.data:
-        sys.exit("name at least one folder of data")
-    for task, scripts in read_data(*args.data, last_step=args.last_step).items():
-        print(f"### {task}\n\n{HEADER}", *measured_rows(scripts), *published_rows(task), "", sep="\n")
+    data = read_runs(args.data, args.last_step)
+    published = read_published(longest(data))
+    print_summary(data, published, args.baseline)
+    for task, scripts in data.items():
+        print_task(task, scripts, published, args.baseline)
 
 
 if __name__ == "__main__":

@@ -1,99 +1,108 @@
-"""Print a Markdown table of what the critics of runs expect, what their policies get, and how often the policies saturate.
+"""Print as Markdown what the critics of runs expect, and what their policies get.
 
-    python utils/value_estimates.py benchmark_runs/runs/Hopper-v4__*
+    python utils/value_estimates.py benchmark_runs/Hopper-v4__*
 
-A run needs a checkpoint (--checkpoint-frequency), as those of benchmark.sh have. Its policy acts for ten episodes from the
-starts of the run's evaluations: with noise for Smoothie, without for DDPG, as each critic assumes. `expected` is the
-first critic's value of the policy, `actual` the discounted sum of the rewards that follow, in units of rewards; both are means
-over all states. At a time limit the critic's own value stands for the rewards to come, which brings the two closer. `saturated`
-is the share of the mean's components beyond 0.97 in absolute value, where the slope of the tanh is below 0.06.
+Each run's policy acts for ten episodes from the starts of its evaluations: with noise for Smoothie,
+without for DDPG, as its critic assumes. `expected` is the first critic's value of the policy,
+`actual` the discounted sum of the rewards that follow; both are means over all states. At a time
+limit the critic's own value stands for the rewards to come, which brings the two closer.
+`saturated` is the share of the mean's components beyond 0.97 in absolute value, where the slope of
+the tanh is below 0.06.
 """
 
-import importlib
-import json
-import os
 import sys
 import warnings
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
-from evaluations import LABELS
+from evaluate import load_script, make_agent
+from runs import LABELS
 
 EPISODES = 10
 SATURATED = 0.97
-HEADER = "| task | script | seed | steps | return | expected | actual | saturated |\n|---|---|---|---|---|---|---|---|"
 
 
 @dataclass
 class Args:
-    run_dirs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN_DIR ...")]
-    """run folders"""
+    run_dirs: tyro.conf.Positional[tuple[Path, ...]]  # run folders
 
 
 def load(run_dir):
-    """Return the flags of a run, its environment, its agent and the step of its checkpoint, or exit with an error message."""
-    try:
-        with open(os.path.join(run_dir, "config.json")) as file:
-            config = json.load(file)
-        script, _ = importlib.import_module(config.pop("script").removesuffix(".py")), config.pop("provenance")
-        warnings.filterwarnings("ignore", message=".*is out of date")  # gymnasium, imported just now, sets filters of its own
-        args = script.Args(**config)
-        env = script.make_env(args.env_id)
-        agent_class = script.DDPG if hasattr(script, "DDPG") else script.Smoothie
-        agent = agent_class(env.observation_space.shape[0], env.action_space.shape[0], args)
-        state = torch.load(os.path.join(run_dir, "checkpoint.pt"), "cpu", weights_only=True)
-        agent.load_state_dict(state["agent"])
-    except Exception as error:  # a damaged file can raise anything
-        sys.exit(f"{run_dir}: config.json or checkpoint.pt is missing, damaged or of another version ({type(error).__name__})")
+    """Return a run's Args, its environment, its agent and the step of its checkpoint."""
+    script, args = load_script(run_dir)
+    env = script.make_env(args.env_id)
+    agent = make_agent(script, env, args)
+    path = run_dir / "checkpoint.pt"
+    state = torch.load(path, "cpu", weights_only=True, mmap=True)  # leaves the buffer on the disk
+    agent.load_state_dict(state["agent"])
     return args, env, agent, state["step"]
 
 
 @torch.no_grad()
-def compare(args, env, agent, episodes=EPISODES):
-    """Return the undiscounted return of each episode (episodes,), and the expected value, the actual value and the share of
-    saturated components of the mean in each state (states,)."""
-    rng, returns, expected, actual, saturated = np.random.default_rng(args.seed), [], [], [], []
-    std = agent.actor.log_var.mul(0.5).exp().numpy() if hasattr(agent.actor, "log_var") else 0.0
+def policy_and_value(agent, obs):
+    """Return the mean and the standard deviation of the action, and the policy's value."""
+    observations = torch.as_tensor(obs, dtype=torch.float32)[None]
+    qf = agent.qfs[0]
+    if not hasattr(agent.actor, "log_var"):  # DDPG
+        mean = agent.actor(observations)
+        return mean[0].numpy(), 0.0, qf(observations, mean).item()
+    mean, log_var = agent.actor(observations)
+    if hasattr(qf, "smoothed"):  # the closed form's critic is Q, the others are Q~
+        value, _, _ = qf.smoothed(observations, mean, log_var)
+    else:
+        value = qf(observations, mean)
+    return mean[0].numpy(), (0.5 * log_var).exp().numpy(), value.item()
 
-    def mean_and_value(obs):
-        s = torch.as_tensor(obs, dtype=torch.float32)[None]
-        mean = agent.actor(s)
-        smoothed = hasattr(agent.qfs[0], "smoothed")  # the closed form's critic is Q, the others give the policy's value
-        value = agent.qfs[0].smoothed(s, mean, agent.actor.log_var)[0] if smoothed else agent.qfs[0](s, mean)
-        return mean[0].numpy(), value.item() / args.reward_scale
 
+def discounted_sums(rewards, gamma, last):
+    """Return the discounted sum of the rewards from each step on, `last` being what follows."""
+    sums = [last]
+    for reward in reversed(rewards):
+        sums.append(reward + gamma * sums[-1])
+    return sums[:0:-1]
+
+
+def compare(args, env, agent, episodes):
+    """Return the return of each episode (episodes,), and for each state the expected value, the
+    actual value and the share of saturated components of the mean, each (states,)."""
+    rng = np.random.default_rng(args.seed)
+    returns = []
+    expected = []
+    actual = []
+    saturated = []
     for episode in range(episodes):
-        (obs, _), rewards, info = env.reset(seed=10_000 + args.seed + episode), [], {}
-        while "episode" not in info:
-            mean, value = mean_and_value(obs)
-            obs, reward, terminated, _, info = env.step(mean + std * rng.standard_normal(len(mean), np.float32))
+        obs, _ = env.reset(seed=10_000 + args.seed + episode)
+        rewards = []
+        done = False
+        while not done:
+            mean, std, value = policy_and_value(agent, obs)
             expected.append(value)
             saturated.append(np.mean(np.abs(mean) > SATURATED))
+            action = mean + std * rng.standard_normal(len(mean), np.float32)
+            obs, reward, terminated, truncated, _ = env.step(action)
             rewards.append(reward)
-        value, values = 0.0 if terminated else mean_and_value(obs)[1], []
-        for reward in reversed(rewards):
-            values.append(value := reward + args.gamma * value)
-        actual += reversed(values)
-        returns.append(info["episode"]["r"])
-    return tuple(map(np.array, (returns, expected, actual, saturated)))
+            done = terminated or truncated
+        last = 0.0 if terminated else policy_and_value(agent, obs)[2]
+        actual += discounted_sums(rewards, args.gamma, last)
+        returns.append(sum(rewards))
+    return np.array(returns), np.array(expected), np.array(actual), np.array(saturated)
 
 
 def main(args):
-    if not args.run_dirs:
-        sys.exit("name at least one run folder, e.g. benchmark_runs/runs/*")
-    print(HEADER)
+    print("| task | script | seed | steps | return | expected | actual | saturated |")
+    print("|---|---|---|---|---|---|---|---|")
     for run_dir in args.run_dirs:
         run, env, agent, step = load(run_dir)
-        returns, expected, actual, saturated = (values.mean() for values in compare(run, env, agent))
-        cells = [run.env_id, LABELS.get(run.exp_name, run.exp_name), run.seed, f"{step // 1000}k"]
-        cells += [f"{returns:,.0f}", f"{expected:,.0f}", f"{actual:,.0f}", f"{saturated:.0%}"]
-        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+        returns, expected, actual, saturated = compare(run, env, agent, EPISODES)
+        cells = [run.env_id, LABELS.get(run.exp_name, run.exp_name), run.seed, f"{step:,}"]
+        cells += [f"{np.mean(values):,.0f}" for values in (returns, expected, actual)]
+        print("| " + " | ".join(map(str, cells)) + f" | {saturated.mean():.0%} |", flush=True)
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), ""]  # the scripts, and your own tasks
-    torch.set_num_threads(1)
+    sys.path.insert(0, "")  # so that a run's --env-id my_module:MyTask-v0 finds my_module.py here
+    warnings.filterwarnings("ignore", message=".*is out of date")  # papers use v4
     main(tyro.cli(Args, description=__doc__))
