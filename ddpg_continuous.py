@@ -24,7 +24,6 @@ critic and the delay of the policy are TD3's (Fujimoto et al., ICML 2018).
 import contextlib
 import copy
 import csv
-import functools
 import importlib.metadata
 import json
 import math
@@ -96,12 +95,12 @@ def check(args):
         (0 <= args.seed < 2**31, "--seed must lie in [0, 2^31)"),
         (args.batch_size <= args.buffer_size, "--buffer-size must hold a batch"),
         (args.batch_size <= args.learning_starts, "--learning-starts must be at least a batch"),
-        (args.learning_starts < args.total_timesteps, "--total-timesteps: nothing is learned"),
+        (args.learning_starts < args.total_timesteps, "--total-timesteps ends before learning"),
     ]:
         if not valid:
             sys.exit(problem)
     for name, value in asdict(args).items():
-        if value != value:
+        if value != value:  # NaN
             sys.exit(f"--{name.replace('_', '-')} must be a number")
 
     if args.capture_video:
@@ -345,8 +344,16 @@ def compile_updates(*updates):
         "triton.cudagraphs": True,
         "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,  # shapes never change
     }
-    compile = functools.partial(torch.compile, fullgraph=True, isolate_recompiles=True)
-    return [compile(update, options=options) for update in updates]
+
+    def compiled(update):
+        graph = torch.compile(update, fullgraph=True, isolate_recompiles=True, options=options)
+
+        def run(*batch):  # a copy, as the next CUDA graph to run takes the memory of the results
+            return {key: value.clone() for key, value in graph(*batch).items()}
+
+        return run
+
+    return [compiled(update) for update in updates]
 
 
 def make_run_dir(name):

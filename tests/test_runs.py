@@ -391,7 +391,7 @@ def test_unsuitable_tasks_get_one_sentence(task):
         ({"seed": -1}, r"--seed must lie in \[0, 2\^31\)"),
         ({"batch_size": 200}, "--learning-starts must be at least a batch"),
         ({"buffer_size": 20}, "--buffer-size must hold a batch"),
-        ({"total_timesteps": 100}, "--total-timesteps: nothing is learned"),
+        ({"total_timesteps": 100}, "--total-timesteps ends before learning"),
         ({"capture_video": True}, "--capture-video: cannot film .* here: "),
     ],
 )
