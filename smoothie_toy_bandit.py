@@ -1,236 +1,273 @@
-"""Smoothie against DDPG on a one-step task with two modes (Nachum et al., ICML 2018, Sections 3 and 6.1, Figures 1 and 2).
+"""Smoothie against DDPG on a bandit with two bumps of reward (Nachum et al., ICML 2018).
 
-The reward is a mixture of two Gaussian bumps, and the policy N(mu, sigma^2) starts on top of the worse one. Nearby, the
-gradient of the reward points back to that top; the gradient of the smoothed reward points to the better bump. The smoothed
-value (9) has a closed form, with v = width^2 + sigma^2:
+This is the task of Sections 3 and 6.1, Figures 1 and 2. There is one state, a step ends the
+episode, and the policy N(mu, Sigma), Sigma = sigma^2 = exp(phi), starts on the worse bump. There
+the reward only leads back to its top. The reward smoothed by the policy leads to the better bump:
 
-    Q~(a) = sum_k height_k * width / sqrt(v) * exp(-(a - mode_k)^2 / (2 v))
+    Q~(a) = E[Q(a~)],  a~ ~ N(a, Sigma)                                                     (9)
+    mu  goes up  dQ~/da at mu                                                              (13)
+    phi goes up  1/2 d2Q~/da2 at mu, times Sigma                                     (14), (15)
 
-so the gradient flow of (10) and Theorem 1 is known exactly. Four methods are trained; the figure shows all but the second:
+Q is the reward itself here. So Q~ and the path of mu and phi are known exactly: smoothed_reward
+and gradient_flow. The picture compares this path with three methods that learn from samples:
 
-    smoothie                  phantom actions, each error weighted by 1 / q(a~) as in (18)
-    smoothie without weights  the same with weights of 1
-    closed form               a ReLU critic of the reward itself, smoothed exactly as in smoothie_closed_form.py
-    ddpg                      a critic of the reward itself; sigma stays as it is
+    smoothie     fits Q~ at phantom actions a, such that a~ given a is N(a, Sigma)         (12)
+    closed form  fits Q at a~, and smooths this critic exactly (smoothie_closed_form.py)
+    ddpg         fits Q at a~, and leaves sigma alone
 
-The replay buffer holds the policy's own actions a~ ~ N(mu, Sigma). Given a phantom action a ~ N(a~, Sigma), a~ is therefore
-distributed as N((a + mu) / 2, Sigma / 2), a narrower smoothing than (9), and without weights Smoothie does not escape. With
-them it does. Here q is the average of all policies that filled the buffer, kept on a grid; the weights are capped and divided
-by their sum in the batch. The closed form needs no weights, as it learns the reward at the actions taken.
+The phantom actions are exact, as the replay buffer keeps the m and the S of each a~ ~ N(m, S):
 
-All seeds train side by side: the first dimension of a tensor is the seed unless noted otherwise.
+    a~ ~ N(m, S) is the same as a ~ N(m, S - Sigma), then a~ ~ N(a, Sigma): cov(a, a~) = S - Sigma
+    so, with k = Sigma / S and thus cov(a, a~) / S = 1 - k, the a behind a given a~ is normal with
+    mean m + (1 - k) (a~ - m)  and  variance (S - Sigma) - (1 - k) (S - Sigma) = (1 - k) Sigma
+
+At S = Sigma this is a = m, a single point with no slope to learn, so the behaviour is wider than
+the policy. As S grows it becomes the paper's a ~ N(a~, Sigma), right in a near-uniform buffer
+or with weights 1 / q(a~) (18). The script prints how the paper's form fares on policies' actions,
+with and without the weights, and when uniform actions come first.
 """
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = ["torch==2.13.0", "numpy==2.4.6", "tyro==1.0.17", "matplotlib==3.11.2"]
+# ///
 
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-import numpy as np
 import torch
 import tyro
+from matplotlib.figure import Figure
+from torch import nn
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-MODES, HEIGHTS, WIDTH = (-1.0, 1.0), (0.55, 1.0), 0.3
+MODES = (-1.0, 1.0)
+HEIGHTS = (0.55, 1.0)
+WIDTH = 0.3
 STD_INIT = 1.0
-MAX_STD = 10.0  # a covariance this wide has blown up; its seed stops learning and counts as failed
+MAX_STD = 10.0  # a policy this wide has diverged: it stays there and counts as failed
+ROW = "| {:<35} | {:>13} | {:>10} | {:>9} |"  # of the printed table
 
 
 @dataclass
 class Args:
     output: str = "smoothie_toy_bandit.png"  # the picture to write: Figure 2 of the paper
-    seeds: int = 20  # independent runs of each method
+    seeds: int = 20  # independent runs of each method, side by side
     seed: int = 1  # seed of everything random
-    total_timesteps: int = 4_500  # actions taken, one update each
-    learning_starts: int = 1_000  # first steps, in which the critic learns and the policy does not change
-    prefill: int = 1_000  # actions of the initial policy in the replay buffer before the first step
-    batch_size: int = 256  # size of a batch
-    policy_lr: float = 1e-2  # learning rate of mu, by plain gradient ascent as Algorithm 1 prints it
-    log_var_lr: float = 1.5e-2  # learning rate of phi = log sigma^2, by plain gradient ascent
+    total_timesteps: int = 4_500  # actions taken, with one update each
+    learning_starts: int = 1_000  # first steps, in which only the critic learns
+    batch_size: int = 128  # actions in each batch
+    policy_lr: float = 1e-2  # learning rate of mu, by gradient ascent
+    log_var_lr: float = 1.5e-2  # learning rate of phi, by gradient ascent
     q_lr: float = 3e-3  # learning rate of the critic, by Adam
+    exploration: float = 1.5  # std of the actions over the policy's; the paper's form and DDPG: 1
     max_weight: float = 50.0  # cap on the weights 1 / q(a~) of (18)
 
 
 def reward(a):
-    """Two bumps of one width; the same for NumPy arrays and tensors, elementwise."""
-    exp = torch.exp if isinstance(a, torch.Tensor) else np.exp
-    return sum(height * exp(-((a - mode) ** 2) / (2 * WIDTH**2)) for mode, height in zip(MODES, HEIGHTS, strict=True))
+    """Figure 1: two bumps of one width, elementwise."""
+    bumps = zip(MODES, HEIGHTS, strict=True)
+    return sum(height * torch.exp(-((a - mode) ** 2) / (2 * WIDTH**2)) for mode, height in bumps)
 
 
-def smoothed_reward(a, std):
-    """Return Q~ of (9) at `a` with its gradient and its second derivative, in closed form; NumPy, elementwise."""
-    v = WIDTH**2 + std**2
-    bumps = [(a - m, h * WIDTH / np.sqrt(v) * np.exp(-((a - m) ** 2) / (2 * v))) for m, h in zip(MODES, HEIGHTS, strict=True)]
-    return sum(q for _, q in bumps), sum(-d / v * q for d, q in bumps), sum((d**2 / v - 1) / v * q for d, q in bumps)
+def smoothed_reward(a, var):
+    """Return Q~ of (9) at `a`, its gradient and its second derivative, elementwise."""
+    v = WIDTH**2 + var
+    value = 0.0
+    gradient = 0.0
+    hessian = 0.0
+    for mode, height in zip(MODES, HEIGHTS, strict=True):
+        d = a - mode
+        bump = height * WIDTH / v**0.5 * torch.exp(-(d**2) / (2 * v))
+        value = value + bump
+        gradient = gradient - d / v * bump
+        hessian = hessian + (d**2 / v - 1) / v * bump
+    return value, gradient, hessian
 
 
 def gradient_flow(args):
-    """Return the path (steps, 2) of mu and sigma if (13) and (15) are followed with the exact derivatives."""
-    mean, log_var, path = MODES[0], 2 * math.log(STD_INIT), []
+    """Return mu and sigma after each step along the exact derivatives, (steps, 2)."""
+    mean = torch.tensor(MODES[0])
+    log_var = torch.tensor(2 * math.log(STD_INIT))
+    path = torch.empty(args.total_timesteps, 2)
     for step in range(args.total_timesteps):
         if step >= args.learning_starts:
-            _, gradient, hessian = smoothed_reward(mean, math.exp(0.5 * log_var))
-            mean += args.policy_lr * gradient
-            log_var += args.log_var_lr * 0.5 * hessian * math.exp(log_var)
-        path.append((mean, math.exp(0.5 * log_var)))
-    return np.array(path)
+            var = log_var.exp()
+            _, gradient, hessian = smoothed_reward(mean, var)
+            mean = mean + args.policy_lr * gradient  # (13)
+            log_var = log_var + args.log_var_lr * 0.5 * hessian * var  # (15)
+        path[step, 0] = mean
+        path[step, 1] = (0.5 * log_var).exp()
+    return path
 
 
-class QNetwork(torch.nn.Module):
-    """One critic of 24 tanh units for each seed: (seeds, batch) to (seeds, batch)."""
+class QNetwork(nn.Module):
+    """A critic of one layer of GELU units for each seed: (seeds, batch) to (seeds, batch)."""
 
-    def __init__(self, seeds, generator, units=24):
+    def __init__(self, seeds, units=32):
         super().__init__()
-        self.w_a = torch.nn.Parameter(torch.randn(seeds, 1, units, generator=generator))
-        self.b = torch.nn.Parameter(torch.randn(seeds, 1, units, generator=generator))
-        self.w = torch.nn.Parameter(torch.zeros(seeds, 1, units))
-        self.c = torch.nn.Parameter(torch.zeros(seeds, 1))
+        self.w_a = nn.Parameter(2 * torch.randn(seeds, 1, units))  # steep enough for the bumps
+        self.b = nn.Parameter(2 * torch.randn(seeds, 1, units))
+        self.w = nn.Parameter(torch.zeros(seeds, 1, units))
+        self.c = nn.Parameter(torch.zeros(seeds, 1))
 
     def forward(self, actions):
-        h = torch.tanh(actions.unsqueeze(2) * self.w_a + self.b)
-        return (h * self.w).sum(2) + self.c
+        z = actions.unsqueeze(2) * self.w_a + self.b
+        return (nn.functional.gelu(z) * self.w).sum(2) + self.c
 
-    def action_derivatives(self, actions, log_var):
-        """Return dQ/da and d2Q/da2 at one action for each seed, (seeds,), in closed form; log_var is not needed."""
-        h = torch.tanh(actions.view(-1, 1, 1) * self.w_a + self.b)
-        slope = (1 - h * h) * self.w
-        return (slope * self.w_a).sum((1, 2)), (-2 * h * slope * self.w_a**2).sum((1, 2))
+    def action_derivatives(self, actions, var):
+        """Return the first two derivatives in a of E[Q(a~)], a~ ~ N(a, var), each (seeds, batch).
 
-
-class ReLUNetwork(QNetwork):
-    """One critic of ReLU units for each seed, whose Gaussian average has a closed form."""
-
-    def forward(self, actions):
-        h = torch.relu(actions.unsqueeze(2) * self.w_a + self.b)
-        return (h * self.w).sum(2) + self.c
-
-    def action_derivatives(self, actions, log_var):
-        """Return dQ~/da and d2Q~/da2 of the smoothed value at one action for each seed, (seeds,)."""
-        s = self.w_a.abs() * (0.5 * log_var).exp().view(-1, 1, 1)
-        x = (actions.view(-1, 1, 1) * self.w_a + self.b) / s
-        cdf, pdf = 0.5 * (1 + torch.erf(x / math.sqrt(2))), torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-        return (self.w * cdf * self.w_a).sum((1, 2)), (self.w * pdf / s * self.w_a**2).sum((1, 2))
+        Each unit sees a Gaussian of variance s2. At var = 0 these are the derivatives of forward.
+        """
+        z = actions.unsqueeze(2) * self.w_a + self.b
+        s2 = var.unsqueeze(2) * self.w_a.square()
+        r = (1 + s2).sqrt()
+        x = z / r
+        cdf = 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+        pdf = torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi)
+        first = cdf + x * pdf / (1 + s2)
+        second = pdf / r * (1 + (1 - x.square()) / (1 + s2))
+        return (self.w * first * self.w_a).sum(2), (self.w * second * self.w_a.square()).sum(2)
 
 
-def importance_weights(density, cells, count, max_weight):
-    """Return 1 / q(a~) of (18), at most max_weight, for actions in these cells of the grid, (seeds, batch).
+def phantom_actions(actions, means, variances, var):
+    """Draw the a behind each a~ ~ N(m, S), such that a~ given a is N(a, var)."""
+    k = (var / variances).clamp(max=1.0)  # the policy may have widened since
+    noise = ((1 - k) * var).sqrt() * torch.randn_like(actions)
+    return means + (1 - k) * (actions - means) + noise
 
-    density (seeds, grid) is the sum of the `count` densities that the buffer's actions were drawn from; q is their average.
+
+def importance_weights(actions, means, variances, max_weight):
+    """Return the weights 1 / q(a~) of (18), where q is the density that each a~ was drawn from."""
+    squares = (actions - means).square() / variances
+    q = torch.exp(-0.5 * squares) / (2 * math.pi * variances).sqrt()
+    return (1 / q).clamp(max=max_weight)
+
+
+def train(args, method, uniform=0):
+    """Return mu and sigma after each step, (steps, seeds, 2).
+
+    That many uniform actions lie in the buffer before the first step.
     """
-    return (count / density.gather(1, cells)).clamp(max=max_weight)
-
-
-def train(args, method):
-    """Return the path (steps, seeds, 2) of mu and sigma."""
-    generator = torch.Generator().manual_seed(args.seed)
-    qf = ReLUNetwork(args.seeds, generator, units=64) if method == "closed form" else QNetwork(args.seeds, generator)
+    torch.manual_seed(args.seed)
+    qf = QNetwork(args.seeds)
     optimizer = torch.optim.Adam(qf.parameters(), lr=args.q_lr, fused=True)
-    mean = torch.full((args.seeds,), MODES[0])
-    log_var = torch.full((args.seeds,), 2 * math.log(STD_INIT))
-    actions = torch.empty(args.seeds, args.prefill + args.total_timesteps)
-    grid = torch.linspace(-6.0, 6.0, 601)
-    cells = torch.empty(actions.shape, dtype=torch.long)  # where on the grid each action lies
-    density = torch.zeros(args.seeds, len(grid))  # on the grid, the sum of the densities that the actions were drawn from
+    mean = torch.full((args.seeds, 1), MODES[0])
+    log_var = torch.full((args.seeds, 1), 2 * math.log(STD_INIT))
     path = torch.empty(args.total_timesteps, args.seeds, 2)
+    exploration = args.exploration if method in ("smoothie", "closed form") else 1.0
 
-    def act(columns):
-        noise = torch.randn(args.seeds, columns.stop - columns.start, generator=generator)
-        std = (0.5 * log_var).exp().unsqueeze(1)
-        a = mean.unsqueeze(1) + std * noise
-        actions[:, columns], cells[:, columns] = a, torch.bucketize(a, grid).clamp(max=len(grid) - 1)
-        pdf = torch.exp(-0.5 * ((grid - mean.unsqueeze(1)) / std) ** 2) / (std * math.sqrt(2 * math.pi))
-        density.add_(pdf, alpha=noise.shape[1])
+    # The buffer holds each a~ with its m and S; a uniform action counts as S = infinity.
+    buffer = torch.empty(3, args.seeds, uniform + args.total_timesteps)
+    buffer[0, :, :uniform].uniform_(-3.0, 3.0)
+    buffer[1, :, :uniform] = 0.0
+    buffer[2, :, :uniform] = math.inf
+    every_seed = torch.arange(args.seeds).unsqueeze(1)
 
-    act(slice(0, args.prefill))
     for step in range(args.total_timesteps):
-        count = args.prefill + step + 1
-        act(slice(count - 1, count))
+        var = log_var.exp()
 
+        # Act, and store the action.
+        behaviour_var = exploration**2 * var
+        action = mean + behaviour_var.sqrt() * torch.randn(args.seeds, 1)
+        count = uniform + step + 1
+        buffer[:, :, count - 1] = torch.cat([action, mean, behaviour_var], 1).T
+
+        # Learn: the critic, whose target is the reward, as no state follows.
+        index = torch.randint(count, (args.seeds, args.batch_size))
+        actions, means, variances = buffer[:, every_seed, index]
+        targets = reward(actions)
+        weights = torch.ones_like(actions)
+        if method == "smoothie":
+            actions = phantom_actions(actions, means, variances, var)
+        elif method.startswith("paper"):
+            if method == "paper, weights 1/q":
+                weights = importance_weights(actions, means, variances, args.max_weight)
+            actions = actions + var.sqrt() * torch.randn_like(actions)
+        errors = (qf(actions) - targets).square()
+        loss = (weights * errors).sum(1) / weights.sum(1)  # (18)
+        optimizer.zero_grad()
+        loss.sum().backward()
+        optimizer.step()
+
+        # Learn: the policy.
         if step >= args.learning_starts:
             with torch.no_grad():
-                gradient, hessian = qf.action_derivatives(mean, log_var)
-                alive = log_var < 2 * math.log(MAX_STD)
-                mean = mean + args.policy_lr * gradient * alive  # (13)
-                if method != "ddpg":
-                    log_var = log_var + args.log_var_lr * 0.5 * hessian * log_var.exp() * alive  # (15), Sigma = exp(phi)
+                smoothing = var if method == "closed form" else torch.zeros_like(var)
+                gradient, hessian = qf.action_derivatives(mean, smoothing)
+            mean = mean + args.policy_lr * gradient  # (13)
+            if method != "ddpg":
+                log_var = log_var + args.log_var_lr * 0.5 * hessian * var  # (15)
+                log_var = log_var.clamp(max=2 * math.log(MAX_STD))
+        path[step] = torch.cat([mean, (0.5 * log_var).exp()], 1)
+    return path
 
-        index = torch.randint(count, (args.seeds, args.batch_size), generator=generator)
-        a = actions.gather(1, index)
-        targets = reward(a)  # one step: the value of a~ is its reward
-        weights = torch.ones_like(a)
-        if method == "smoothie":
-            weights = importance_weights(density, cells.gather(1, index), count, args.max_weight)
-        if method.startswith("smoothie"):
-            a = a + (0.5 * log_var).exp().unsqueeze(1) * torch.randn(a.shape, generator=generator)  # phantom actions
-        errors = (qf(a) - targets) ** 2
-        loss = ((weights * errors).sum(1) / weights.sum(1)).sum()  # (18)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        path[step, :, 0], path[step, :, 1] = mean, (0.5 * log_var).exp()
-    return path.numpy()
+
+def escaped(path):
+    """Return which seeds end within one width of the better bump's top."""
+    mean, std = path[-1].unbind(1)
+    return ((mean - MODES[1]).abs() < WIDTH) & (std < MAX_STD)
+
+
+def print_row(method, path):
+    """Print how many seeds escape from the worse bump, and where the median seed ends."""
+    seeds = f"{escaped(path).sum()}/{path.shape[1]}"
+    mean, std = path[-1].median(0).values
+    print(ROW.format(method, seeds, f"{mean:.2f}", f"{std:.2f}"), flush=True)
 
 
 def plot(paths, flow, output):
-    """Draw Figure 2: the policy of every seed over training, the median bold, and the landscape it climbs."""
-    figure, axes = plt.subplot_mosaic([["mean", "reward"], ["std", "reward"]], figsize=(10, 4.2), layout="constrained")
-    curves = {"closed form": ("#009E73", "Smoothie in closed form"), "smoothie": ("#0072B2", "Smoothie")}
-    curves |= {"ddpg": ("#D55E00", "DDPG")}
-    for name, (color, label) in curves.items():  # colours that colour-blind readers can tell apart
-        for i, key in enumerate(["mean", "std"]):
-            values = paths[name][:, :, i]
-            axes[key].plot(values, color=color, alpha=0.2, linewidth=0.6)
-            axes[key].plot(np.nanmedian(values, 1), color=color, linewidth=2.2, label=label)
+    """Draw Figure 2: the policies over training, the median seed bold, and what they climb."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    axes = figure.subplot_mosaic([["mean", "reward"], ["std", "reward"]])
+    styles = {  # the colours of Okabe and Ito
+        "smoothie": ("#0072B2", "Smoothie"),
+        "closed form": ("#009E73", "Smoothie, closed form"),
+        "ddpg": ("#D55E00", "DDPG"),
+    }
     for i, key in enumerate(["mean", "std"]):
+        for name, (color, label) in styles.items():
+            values = paths[name][:, :, i]
+            axes[key].plot(values, color=color, alpha=0.25, linewidth=0.6)
+            axes[key].plot(values.median(1).values, color=color, linewidth=2.4, label=label)
         axes[key].plot(flow[:, i], "k--", linewidth=1.4, label="exact gradient flow")
         axes[key].set_xlim(0, len(flow))
-    axes["mean"].set(ylabel=r"policy mean $\mu$", xticklabels=[], ylim=(-1.5, 1.5))
-    axes["std"].set(ylabel=r"policy std $\sigma$", xlabel="step", ylim=(0, 1.6))
-    axes["std"].legend(loc="lower left", frameon=False, fontsize=8)
+    axes["mean"].set(ylabel=r"policy mean $\mu$", xticklabels=[], ylim=(-1.3, 1.3))
+    axes["std"].set(ylabel=r"policy std $\sigma$", xlabel="step", ylim=(0, None))
+    handles, labels = axes["std"].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False)
 
-    a = np.linspace(-2.5, 2.5, 500)
-    axes["reward"].plot(a, reward(a), color="0.3", linewidth=2, label="reward")
-    axes["reward"].plot(a, smoothed_reward(a, STD_INIT)[0], color="#CC79A7", linewidth=2, label=r"smoothed by $\sigma = 1$")
-    axes["reward"].axvline(MODES[0], color="0.6", linewidth=1, linestyle=":")
-    axes["reward"].annotate("start", (MODES[0], 0.02), xytext=(4, 0), textcoords="offset points", color="0.4")
-    axes["reward"].set(xlabel="action", ylabel="reward", ylim=(0, None))
-    axes["reward"].legend(loc="upper left", frameon=False)
+    a = torch.linspace(-3.0, 3.0, 500)
+    smoothed, _, _ = smoothed_reward(a, STD_INIT**2)
+    axes["reward"].plot(a, reward(a), color="black", linewidth=2)
+    axes["reward"].plot(a, smoothed, color="#CC79A7", linewidth=2.4)
+    axes["reward"].axvline(MODES[0], color="0.5", linewidth=1, linestyle=":")
+    axes["reward"].text(MODES[0] + 0.08, 0.62, "start", color="0.3")
+    axes["reward"].text(1.35, 0.8, "reward")
+    axes["reward"].text(1.55, 0.3, rf"smoothed, $\sigma = {STD_INIT:g}$", color="#A0527F")
+    axes["reward"].set(xlabel="action", ylabel="reward", xlim=(-3.0, 3.0), ylim=(0, None))
     figure.savefig(output, dpi=150)
-    plt.close(figure)
-
-
-def summary(name, path):
-    """Return one line: how many seeds end within one width of the better mode, and where the median seed ends."""
-    mean, std = path[-1, :, 0], path[-1, :, 1]
-    reached = (np.abs(mean - MODES[1]) < WIDTH) & (std < MAX_STD)
-    line = f"{name}: {reached.sum()}/{len(mean)} seeds reached the better mode, final mean {np.median(mean):.2f}"
-    diverged = ~(std < MAX_STD)
-    return line + f", final std {np.median(std):.2f}" + (f", {diverged.sum()} diverged" if diverged.any() else "")
-
-
-def check(args):
-    """Exit with an error message if a flag is out of range or NaN, or --output is not a picture in a folder that exists."""
-    limits = {"seed": (0, 2**31), "learning_starts": (0, args.total_timesteps - 1)}
-    for name, value in asdict(args).items():
-        low, high = limits.get(name, (1 if type(value) is int else 0, 1e9))
-        if type(value) in (int, float) and not low <= value <= high:
-            sys.exit(f"--{name.replace('_', '-')} {value}: must lie between {low:g} and {high:g}")
-    if Path(args.output).suffix not in (".png", ".pdf", ".svg") or not Path(args.output).parent.is_dir():
-        sys.exit(f"--output {args.output}: must be a .png, .pdf or .svg file in a folder that exists")
 
 
 def main(args):
-    check(args)
+    if args.learning_starts >= args.total_timesteps:
+        sys.exit("--learning-starts must be less than --total-timesteps")
+    if args.exploration < 1:
+        sys.exit("--exploration must be at least 1: phantom actions need S >= Sigma")
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # the tensors are small
+
+    print(ROW.format("method", "seeds escaped", "final mean", "final std"))
+    print(ROW.format("---", "---:", "---:", "---:"))
     paths = {}
-    for name in ("smoothie", "smoothie without weights", "closed form", "ddpg"):
-        paths[name] = train(args, name)
-        print(summary(name, paths[name]), flush=True)
+    for method in ("smoothie", "closed form", "ddpg", "paper", "paper, weights 1/q"):
+        paths[method] = train(args, method)
+        print_row(method, paths[method])
+    for uniform in (1_000, 5_000, 20_000):
+        print_row(f"paper, {uniform:,} uniform actions first", train(args, "paper", uniform))
     plot(paths, gradient_flow(args), args.output)
-    print(f"wrote {args.output}")
+    print(f"the picture is in {args.output}")
 
 
 if __name__ == "__main__":

@@ -1,91 +1,103 @@
-"""The speed benchmark measures what it says."""
+"""benchmarks/speed.py: turns, windows, ratios and the floor."""
 
-import importlib.util
-import io
-import json
+import functools
+import importlib
 import os
-import sys
+from pathlib import Path
 
-import gymnasium
-import numpy as np
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-import smoothie_closed_form
-import smoothie_continuous
-import smoothie_no_kl
+import ddpg_continuous
 from tests.conftest import ROOT
 
-spec = importlib.util.spec_from_file_location("speed", os.path.join(ROOT, "benchmarks", "speed.py"))
-speed = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(speed)
+
+@pytest.fixture
+def speed(monkeypatch):
+    monkeypatch.syspath_prepend(os.path.join(ROOT, "benchmarks"))
+    return importlib.import_module("speed")
 
 
-def test_the_floor_replays_the_products_of_one_update():
-    """Ten products with the 400x300 matrices, nine without the KL penalty: forward 6 (5), backward 4."""
-    for script, expected in [(smoothie_continuous, 10), (smoothie_no_kl, 9), (smoothie_closed_form, 10)]:
-        shapes = speed.recorded_products(script, 17, 6, 128)
-        sizes = [(*left, right[1]) for (left, _), (right, _) in shapes]
-        assert sum(sorted(size) in ([128, 300, 400], [128, 300, 406]) for size in sizes) == expected, sizes
+class Diary:
+    """In place of an environment: writes down who takes a step."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def step(self, name):
+        with open(self.path, "a") as file:
+            file.write(name)
 
 
-def test_windows_are_as_long_as_they_say():
-    floor = "floor: matrix products and environment alone"
-    args = speed.Args(env_id="Hopper-v4", batch_size=16, repetitions=2, steps=40)
-    np.ones(300_000_000)  # 2.4 GB of this process that must not count as theirs
-    results = speed.measure(["ddpg_continuous.py --no-compile", floor], args)
-    for name, (rates, memory) in results.items():
-        assert len(rates) == 2 and min(rates) > 0, name
-        assert 50e6 < memory < 2e9, name
+def fake_contestant(pace, algorithm, args, name, path):
+    env = pace(Diary(path))
+    while True:
+        env.step(name)
 
 
-@pytest.mark.parametrize("count_resets, windows", [(True, 5), (False, 2)])
-def test_a_window_ends_on_time_though_it_ends_with_a_reset(monkeypatch, count_resets, windows):
-    """Ten steps, each after a reset; a window ends before the third of what counts and every fourth after it."""
-    output, now = io.StringIO(), [0.0]
+def test_contestants_take_turns(speed):
+    path = Path("steps").absolute()
+    names = ["a", "b"]
+    trainers = {name: functools.partial(fake_contestant, name=name, path=path) for name in names}
+    results = speed.measure(trainers, "TD3", speed.Args(repetitions=3, steps=40))
 
-    class Waits(io.StringIO):
-        def readline(self):
-            now[0] += 1000.0
-            return super().readline()
-
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(sys, "__stdout__", output)
-    monkeypatch.setattr(sys, "stdin", Waits("go\n" * windows))
-    env = speed.paced(gymnasium.make("Hopper-v4"), first=2, steps=4, count_resets=count_resets)
-    for _ in range(10):
-        env.reset()
-        env.step(env.action_space.sample())
-    seconds = [json.loads(line)["seconds"] for line in output.getvalue().splitlines()]
-    assert seconds == windows * [0.0], "the time in which the others run does not count"
+    warmup = speed.LEARNING_STARTS + speed.WARMUP
+    assert path.read_text() == "a" * warmup + "b" * warmup + 3 * ("a" * 40 + "b" * 40)
+    for rates, memory in results.values():
+        assert len(rates) == 3
+        assert memory > 50, "a process that has imported PyTorch holds more"
 
 
-def test_cleanrl_gets_our_layers_and_updates_its_actor_at_every_step(tmp_path):
-    """A stand-in for CleanRL's script that stops if it does not."""
-    (tmp_path / "cleanrl").mkdir()
-    (tmp_path / "cleanrl" / "ddpg_continuous_action.py").write_text(
-        "import sys, gymnasium as gym\n"
-        "from torch.nn import Linear\n"
-        "actor = [Linear(11, 256), Linear(256, 256), Linear(256, 3)]\n"
-        "critic = [Linear(14, 256), Linear(256, 256), Linear(256, 1)]\n"
-        "assert [layer.out_features for layer in actor + critic] == [400, 300, 3, 400, 300, 1]\n"
-        "assert {'--policy-frequency=1', '--batch-size=16', '--env-id=Hopper-v4'} < set(sys.argv)\n"
-        "envs = gym.vector.SyncVectorEnv([lambda: gym.make('Hopper-v4')])\n"
-        "envs.reset()\n"
-        "while True:\n"
-        "    envs.step(envs.action_space.sample())\n"
-    )
-    args = speed.Args(env_id="Hopper-v4", batch_size=16, repetitions=2, steps=40, cleanrl=str(tmp_path))
-    ((rates, _),) = speed.measure(["CleanRL DDPG"], args).values()
-    assert len(rates) == 2 and min(rates) > 0
+def test_a_window_does_not_count_the_time_of_the_others(speed, monkeypatch):
+    class Clock:
+        """An environment whose steps take a second, and a pipe to which others answer late."""
+
+        def __init__(self):
+            self.now = 0.0
+            self.sent = []
+
+        def step(self, action):
+            self.now += 1.0
+
+        def send(self, message):
+            self.sent.append(message[0])
+
+        def recv(self):
+            self.now += 1000.0
+
+    clock = Clock()
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock.now)
+    env = speed.paced(clock, pipe=clock, window=4, warmup=10)
+    for _ in range(10 + 3 * 4):
+        env.step("action")
+    assert clock.sent == [10.0, 4.0, 4.0], "the last window ends at the next step"
 
 
-def test_the_table_compares_windows_pair_by_pair(monkeypatch):
-    """The machine gets slower; the ratio of each pair stays the same, that of other pairs does not."""
+def test_ratios_are_of_windows_side_by_side(speed):
+    """The machine gets slower, but not while a pair of windows runs."""
     drift = [4.0, 2.0, 1.0]
-    speeds = {"ddpg_continuous.py": 150, "CleanRL DDPG": 75, "Stable-Baselines3 DDPG": 100, "SBX DDPG (JAX)": 120}
-    speeds["floor: matrix products and environment alone"] = 300
-    results = {name: ([rate * d for d in drift], 2e6) for name, rate in speeds.items()}
-    monkeypatch.setattr(speed, "measure", lambda names, args: results)
-    rows = speed.table(speed.Args(cleanrl="clone")).splitlines()
-    assert "| `ddpg_continuous.py` | 300 | 150 to 600 | 2.00 | 1.50 | 1.25 | 2.00 | 2 |" in rows
-    assert rows[-1].startswith("| CleanRL DDPG | 150 | 75 to 300 | 1.00 | 0.75 | 0.62 | 4.00 |"), "the fastest come first"
+    speeds = {"`ddpg_continuous.py`": 150, "SBX": 120, "floor": 300}
+    results = {name: ([rate * d for d in drift], 1.0) for name, rate in speeds.items()}
+    header, _, *lines = speed.table(results).splitlines()
+    assert header.endswith("| lowest to highest | times SBX | times floor | peak memory, MB |")
+    rows = [line.strip("| ").split(" | ") for line in lines]
+    assert rows == [
+        ["floor", "600", "300 to 1200", "2.50", "1.00", "1"],
+        ["`ddpg_continuous.py`", "300", "150 to 600", "1.25", "0.50", "1"],
+        ["SBX", "240", "120 to 480", "1.00", "0.40", "1"],
+    ]
+
+
+def test_the_floor_replays_every_product(speed):
+    """PyTorch's own counter finds as many operations in the update."""
+    agent = ddpg_continuous.DDPG(17, 6, ddpg_continuous.Args(**speed.SIZES["TD3"]))
+    observations = torch.randn(256, 17)
+    actions = torch.randn(256, 6)
+    batch = observations, actions, torch.randn(256), observations, torch.zeros(256)
+    for update in (agent.update_critics, agent.update_policy):
+        products = speed.recorded_products(update, batch)
+        with FlopCounterMode(display=False) as counter:
+            update(*batch)
+        replayed = sum(2 * left.numel() * right.shape[1] for left, right in products)
+        assert replayed == counter.get_total_flops()

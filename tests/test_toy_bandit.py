@@ -1,7 +1,6 @@
-"""The toy bandit: its closed forms against quadrature and automatic differentiation, and what Figure 2 shows."""
+"""The toy bandit: closed forms against quadrature and autograd, phantom actions, and Figure 2."""
 
-import os
-import re
+import math
 
 import numpy as np
 import pytest
@@ -10,92 +9,143 @@ import torch
 import smoothie_toy_bandit as toy
 
 
-def test_smoothed_reward_by_quadrature():
-    nodes, weights = np.polynomial.hermite_e.hermegauss(200)
-    weights = weights / weights.sum()
+def normal_pdf(x, mean, var):
+    return torch.exp(-0.5 * (x - mean) ** 2 / var) / math.sqrt(2 * math.pi * var)
+
+
+def critic(seeds):
+    qf = toy.QNetwork(seeds)
+    torch.nn.init.normal_(qf.w)
+    return qf
+
+
+def test_smoothed_reward_by_quadrature(float64):
+    noise, weights = np.polynomial.hermite_e.hermegauss(200)
+    noise = torch.tensor(noise)
+    weights = torch.tensor(weights / weights.sum())
     for a, std in [(-1.0, 1.0), (0.3, 0.7), (1.2, 0.4)]:
-        q, gradient, hessian = toy.smoothed_reward(a, std)
-        assert q == pytest.approx(weights @ toy.reward(a + std * nodes), abs=1e-6)
+        rewards = toy.reward(a + std * noise)
+        found = torch.stack(toy.smoothed_reward(torch.tensor(a), std**2))
         # by parts: derivatives of the average are averages against the Hermite polynomials
-        assert gradient == pytest.approx(weights @ (toy.reward(a + std * nodes) * nodes) / std, abs=1e-5)
-        assert hessian == pytest.approx(weights @ (toy.reward(a + std * nodes) * (nodes**2 - 1)) / std**2, abs=1e-4)
+        value = weights @ rewards
+        gradient = weights @ (rewards * noise) / std
+        hessian = weights @ (rewards * (noise**2 - 1)) / std**2
+        torch.testing.assert_close(found, torch.stack([value, gradient, hessian]))
 
 
-def test_derivatives_of_the_tanh_critic_against_autograd(float64):
-    qf = toy.QNetwork(4, torch.Generator().manual_seed(0))
-    torch.nn.init.normal_(qf.w)
-    actions = torch.randn(4, 1)
-    gradient, hessian = qf.action_derivatives(actions.squeeze(1), None)
+def test_derivatives_of_the_critic_against_autograd(float64):
+    qf = critic(4)
+    actions = torch.randn(4, 3)
+    gradient, hessian = qf.action_derivatives(actions, torch.zeros(4, 1))
     in_action = torch.func.grad(lambda a: qf(a).sum())
-    torch.testing.assert_close(gradient, in_action(actions).squeeze(1))
-    torch.testing.assert_close(hessian, torch.func.grad(lambda a: in_action(a).sum())(actions).squeeze(1))
+    torch.testing.assert_close(gradient, in_action(actions))
+    torch.testing.assert_close(hessian, torch.func.grad(lambda a: in_action(a).sum())(actions))
 
 
-def test_derivatives_of_the_smoothed_relu_critic_by_quadrature(float64):
-    """By parts, from values of the critic alone, on a fine grid of noise."""
-    qf = toy.ReLUNetwork(4, torch.Generator().manual_seed(0))
-    torch.nn.init.normal_(qf.w)
-    mean, log_var = torch.randn(4), torch.randn(4)
-    noise = torch.linspace(-7.0, 7.0, 20_001)
-    weights = torch.exp(-0.5 * noise**2)
-    weights, std = weights / weights.sum(), (0.5 * log_var).exp()
-    q = qf(mean.unsqueeze(1) + std.unsqueeze(1) * noise)
-    gradient, hessian = qf.action_derivatives(mean, log_var)
-    torch.testing.assert_close(gradient, (q * noise) @ weights / std, rtol=0, atol=1e-5)
-    torch.testing.assert_close(hessian, (q * (noise**2 - 1)) @ weights / std**2, rtol=0, atol=1e-4)
+def test_derivatives_of_the_smoothed_critic_by_quadrature(float64):
+    qf = critic(4)
+    mean = torch.randn(4, 1)
+    std = torch.rand(4, 1) + 0.2
+    noise = torch.linspace(-10.0, 10.0, 4_001)
+    weights = normal_pdf(noise, 0.0, 1.0) * (noise[1] - noise[0])
+    values = qf(mean + std * noise)
+    gradient, hessian = qf.action_derivatives(mean, std**2)
+    torch.testing.assert_close(gradient.squeeze(1), values * noise @ weights / std.squeeze(1))
+    second = values * (noise**2 - 1) @ weights / std.squeeze(1) ** 2
+    torch.testing.assert_close(hessian.squeeze(1), second)
 
 
-def test_figure_2(monkeypatch):
-    paths = {}
-    monkeypatch.setattr(toy, "plot", lambda p, flow, output, draw=toy.plot: (paths.update(p, flow=flow), draw(p, flow, output)))
-    printed = []
-    monkeypatch.setattr(toy, "print", lambda line, **_: printed.append(line), raising=False)
-    toy.main(toy.Args(output="figure.png"))
-
-    counts = {line.split(":")[0]: int(re.search(r": (\d+)/20 seeds", line)[1]) for line in printed[:4]}
-    assert counts["smoothie"] >= 19 and counts["closed form"] == 20
-    assert counts["ddpg"] == 0 and counts["smoothie without weights"] <= 1
-    assert os.path.getsize("figure.png") > 20_000
-    assert (paths["ddpg"][:, :, 1] == toy.STD_INIT).all()
-    # the variance falls, rises and falls again, in the exact flow and in the median seed
-    for std, margin in [(paths["flow"][:, 1], 0.01), (np.median(paths["smoothie"][:, :, 1], 1), 0.02)]:
-        dip = std[: len(std) // 2].argmin()
-        peak = dip + std[dip:].argmax()
-        assert std[dip] < std[0] - margin and std[peak] > std[dip] + margin and std[-1] < 0.5 * std[peak]
-    assert paths["smoothie"][:, :, 1].max() < toy.MAX_STD
-    # in closed form every seed stays close to the exact flow
-    assert np.abs(np.median(paths["closed form"], 1) - paths["flow"]).max() < 0.05
-    assert np.abs(paths["closed form"] - paths["flow"][:, None]).max() < 0.25
+def test_replayed_action_is_the_phantom_action_plus_noise_of_the_policy(float64):
+    """So a~ - a has mean 0 and variance Sigma, and a slope of 0 in a, whatever m and S were."""
+    n = 1_000_000
+    var = torch.tensor(0.25)
+    for mean, behaviour_var in [(0.3, 0.5), (-1.0, 0.3), (2.0, 4.0)]:
+        behaviour_var = torch.tensor(behaviour_var)
+        actions = mean + behaviour_var.sqrt() * torch.randn(n)
+        a = toy.phantom_actions(actions, mean, behaviour_var, var)
+        rest = actions - a
+        slope = torch.cov(torch.stack([a, rest]))[0, 1] / a.var()
+        # four standard errors of a mean, of a variance, of a regression's slope
+        assert rest.mean().abs() < 4 * (var / n).sqrt()
+        assert (rest.var() - var).abs() < 4 * var * math.sqrt(2 / n)
+        assert slope.abs() < 4 * (var / a.var() / n).sqrt()
 
 
-def test_weights_are_one_over_the_density_of_the_behaviour(monkeypatch):
-    """The policy does not learn here, so every action, also those before the first update, is drawn from N(-1, 1)."""
-    grid, seen = torch.linspace(-6.0, 6.0, 601), []
-
-    def spy(density, cells, count, max_weight, original=toy.importance_weights):
-        weights = original(density, cells, count, max_weight)
-        expected = (2 * np.pi) ** 0.5 * torch.exp(0.5 * (grid[cells] + 1) ** 2)
-        torch.testing.assert_close(weights, expected.clamp(max=max_weight), rtol=1e-4, atol=0)
-        seen.append((count, weights.max()))
-        return weights
-
-    monkeypatch.setattr(toy, "importance_weights", spy)
-    args = toy.Args(seeds=3, prefill=100, total_timesteps=20, learning_starts=20, max_weight=20.0)
-    toy.train(args, "smoothie")
-    assert seen == [(count, 20.0) for count in range(101, 121)], "the cap matters"
+def test_phantom_action_of_a_uniform_action_is_the_papers(float64):
+    actions = torch.rand(1_000)
+    var = torch.tensor(0.25)
+    torch.manual_seed(1)
+    a = toy.phantom_actions(actions, 0.0, torch.tensor(math.inf), var)
+    torch.manual_seed(1)
+    torch.testing.assert_close(a, actions + 0.5 * torch.randn(1_000))
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {"seeds": 0},
-        {"seed": -1},
-        {"q_lr": float("nan")},
-        {"policy_lr": -1.0},
-        {"learning_starts": 4_500},
-        {"output": "no/f.png"},
-    ],
-)
+@pytest.mark.parametrize("behaviour_var", [0.25, 0.1])
+def test_phantom_action_is_the_mean_if_the_behaviour_is_no_wider(float64, behaviour_var):
+    actions = torch.randn(1_000)
+    a = toy.phantom_actions(actions, 0.3, torch.tensor(behaviour_var), torch.tensor(0.25))
+    torch.testing.assert_close(a, torch.full((1_000,), 0.3))
+
+
+def test_weights_make_the_papers_phantom_actions_right(float64):
+    """The least-squares fit at a is the mean reward there, over a~ of all rows, by quadrature."""
+    grid = torch.linspace(-12.0, 12.0, 4_001)
+    std = 0.5
+    for a in torch.tensor([-1.0, 0.0, 0.7]):
+        mass = torch.zeros_like(grid)  # of a~ given the phantom action a, times a constant
+        for mean, var in [(-1.0, 2.0), (0.5, 1.0)]:
+            weights = toy.importance_weights(grid, mean, torch.tensor(var), math.inf)
+            mass += weights * normal_pdf(grid, mean, var) * normal_pdf(a, grid, std**2)
+        fit = (mass * toy.reward(grid)).sum() / mass.sum()
+        torch.testing.assert_close(fit, toy.smoothed_reward(a, std**2)[0])
+
+
+def test_weights_are_capped(float64):
+    weights = toy.importance_weights(torch.tensor([0.0, 9.0]), 0.0, torch.tensor(4.0), 50.0)
+    torch.testing.assert_close(weights, torch.tensor([2 * math.sqrt(2 * math.pi), 50.0]))
+
+
+# twice the rates in about half the steps
+QUICK = {"seeds": 4, "total_timesteps": 2_500, "learning_starts": 700}
+QUICK |= {"policy_lr": 2e-2, "log_var_lr": 3e-2}
+
+
+@pytest.mark.parametrize("method", ["smoothie", "closed form"])
+def test_figure_2_smoothie_escapes_and_narrows(method):
+    args = toy.Args(**QUICK)
+    path = toy.train(args, method)
+    assert toy.escaped(path).all()
+    assert (path[-1, :, 1] < 0.8 * toy.STD_INIT).all()
+    if method == "closed form":
+        assert (path.median(1).values - toy.gradient_flow(args)).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("method", ["ddpg", "paper"])
+def test_figure_2_the_others_stay(method):
+    path = toy.train(toy.Args(**QUICK), method)
+    assert not toy.escaped(path).any()
+    assert (path[:, :, 1] == toy.STD_INIT).all() == (method == "ddpg")
+
+
+def test_exact_flow_narrows_widens_and_narrows():
+    std = toy.gradient_flow(toy.Args())[:, 1]
+    dip = std[: len(std) // 2].argmin()
+    peak = dip + std[dip:].argmax()
+    assert std[0] > std[dip] + 0.01
+    assert std[peak] > std[dip] + 0.01
+    assert std[-1] < 0.5 * std[peak]
+
+
+def test_main_prints_every_method_and_draws(capsys, tmp_path):
+    output = tmp_path / "new" / "figure.png"
+    toy.main(toy.Args(seeds=2, total_timesteps=20, learning_starts=10, output=str(output)))
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 2 + 8 + 1
+    assert all("/2 |" in row for row in rows[2:10])
+    assert output.stat().st_size > 20_000
+
+
+@pytest.mark.parametrize("flags", [{"learning_starts": 4_500}, {"exploration": 0.9}])
 def test_bad_input_gets_one_sentence(flags):
-    with pytest.raises(SystemExit, match=f"^--{next(iter(flags)).replace('_', '-')} [^\n]*$"):
+    with pytest.raises(SystemExit, match=r"^--[a-z-]+ must be [^\n]*$"):
         toy.main(toy.Args(**flags))

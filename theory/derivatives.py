@@ -1,31 +1,36 @@
-"""The derivative Bellman equations of Section 4.4, the variance reduction they need, and a critic fitted to the same samples.
+"""The derivative Bellman equations of Section 4.4, and critics fitted to the same samples.
 
-A Gaussian's derivatives are the Gaussian times a polynomial, so (12) can be differentiated without the derivatives of y:
+A Gaussian's derivatives are the Gaussian times a polynomial, so (12) can be differentiated without
+the derivatives of y:
 
     dQ~/da   = E[S d y]                    d = a~ - a, a~ ~ N(a, Sigma), S = Sigma^-1
     d2Q~/da2 = E[(S d d^T S - S) y]        y = r + gamma Q~(s', mu(s'))
 
-Both factors have mean 0, so a baseline can be subtracted from y. The first is odd in d and the second even: with actions in
-pairs a + d, a - d, the even part of y drops out of the first and the odd part out of the second. At a = mu(s) these are the
-score of the policy times the return, the naive policy gradient of Section 3. Their variance grows like 1/sigma^2 and 1/sigma^4.
+Both factors have mean 0, so a baseline can be subtracted from y. The first is odd in d and the
+second even: with actions in pairs a + d, a - d, the even part of y drops out of the first and the
+odd part out of the second. At a = mu(s) these are the score of the policy times the return, the
+naive policy gradient of Section 3. Their variance grows like 1/sigma^2 and 1/sigma^4.
 
-The table gives each row the same number of noisy samples of a task of one step, while Sigma shrinks from column to column:
+The table gives each row the same number of noisy samples of a task of one step, while Sigma shrinks
+from column to column:
 
-    plain, baseline, antithetic, both     the equations; the baseline is the mean of the other samples
-    compatible critic                     least squares of y on 1, d and d d^T: (22) fitted to values
-    closed form                           ridge regression of y on ReLU features, then their exact average over the policy
-    reparameterisation                    E[dr/da] and E[dr/da (S d)^T], if the derivative of the reward were known
+    plain, baseline,        the equations; the baseline is the mean of the other samples
+    antithetic, both
+    compatible critic       least squares of y on 1, d and d d^T: (22) fitted to values
+    closed form             ridge regression of y on GELU features, averaged exactly over the policy
+    reparameterisation      E[dr/da] and E[dr/da (S d)^T], if the reward's derivative were known
 """
 
 import math
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import tyro
 
-MEAN, COVARIANCE = torch.tensor([0.2, -0.1]), torch.tensor([[0.36, 0.15], [0.15, 0.25]])
-CENTERS, HEIGHTS = torch.tensor([[-0.7, 0.0], [0.8, 0.6], [0.4, -0.9]]), torch.tensor([0.7, 1.0, -0.6])
+MEAN = torch.tensor([0.2, -0.1])
+COVARIANCE = torch.tensor([[0.36, 0.15], [0.15, 0.25]])
+CENTERS = torch.tensor([[-0.7, 0.0], [0.8, 0.6], [0.4, -0.9]])
+HEIGHTS = torch.tensor([0.7, 1.0, -0.6])
 BUMP = torch.tensor([[0.25, -0.05], [-0.05, 0.16]])  # every bump's covariance
 
 
@@ -35,16 +40,22 @@ class Args:
     seed: int = 1  # seed of everything random
     actions: int = 256  # actions in each set, an even number
     noise: float = 0.1  # standard deviation of the noise on y
-    features: int = 100  # ReLU features of the closed form's critic
+    features: int = 100  # GELU features of the closed form's critic
     ridge: float = 1e-3  # weight of its penalty
 
 
 def smoothed_reward(a, covariance):
-    """Return the reward averaged over N(a, covariance) for a (..., 2): a zero covariance gives the reward itself."""
+    """Return the reward averaged over N(a, covariance) for a (..., 2).
+
+    A zero covariance gives the reward itself.
+    """
     wider = BUMP.to(a) + covariance
     d = a.unsqueeze(-2) - CENTERS.to(a)
     heights = HEIGHTS.to(a) * (torch.linalg.det(BUMP.to(a)) / torch.linalg.det(wider)).sqrt()
     return (heights * torch.exp(-0.5 * (d @ torch.linalg.inv(wider) * d).sum(-1))).sum(-1)
+
+
+# The equations and their variance reduction.
 
 
 def factors(d, covariance):
@@ -61,57 +72,77 @@ def derivative_bellman(d, y, covariance):
 
 
 def leave_one_out(y):
-    """Return y less the mean of the other samples, which keeps the average unbiased; y (..., n)."""
+    """Return y (..., n) less the mean of the other samples, which keeps the average unbiased."""
     n = y.shape[-1]
     return (y - y.mean(-1, keepdim=True)) * n / (n - 1)
 
 
 def pair_baseline(y):
-    """Return y (..., n), of which the second half mirrors the first, less the mean of the other pairs."""
+    """Return y (..., n), whose second half mirrors the first, less the mean of the other pairs."""
     half = y.shape[-1] // 2
     pairs = (y[..., :half] + y[..., half:]) / 2
-    return y - (pairs - leave_one_out(pairs)).repeat(*[1] * (y.dim() - 1), 2)
+    baseline = pairs - leave_one_out(pairs)
+    return y - torch.cat([baseline, baseline], -1)
+
+
+# Critics and the reward's own derivatives.
 
 
 def compatible_critic(d, y, covariance):
-    """Fit c + g.d + d^T H d / 2 to y (..., n) by least squares; return g (..., D) and H (..., D, D)."""
+    """Fit c + g.d + d^T H d / 2 to y (..., n) by least squares.
+
+    Return g (..., D) and H (..., D, D).
+    """
     dim = d.shape[-1]
     rows, columns = torch.triu_indices(dim, dim)
     quadratic = d[..., rows] * d[..., columns] * torch.where(rows == columns, 0.5, 1.0).to(d)
     x = torch.cat([torch.ones_like(d[..., :1]), d, quadratic], -1)
     w = torch.linalg.lstsq(x, y.unsqueeze(-1)).solution.squeeze(-1)
     hessian = torch.zeros(*d.shape[:-2], dim, dim, dtype=d.dtype)
-    hessian[..., rows, columns] = hessian[..., columns, rows] = w[..., 1 + dim :]
+    hessian[..., rows, columns] = w[..., 1 + dim :]
+    hessian[..., columns, rows] = w[..., 1 + dim :]
     return w[..., 1 : 1 + dim], hessian
 
 
 def compatible_weights(features, derivatives):
     """Return the w that minimises sum |features w - derivatives|^2: both conditions of Section 4.4.
 
-    For mu_theta features is dmu/dtheta (states, D, parameters) and derivatives dQ~/da; for Sigma_phi features is dSigma/dphi
-    (states, D * D, parameters) and derivatives d2Q~/da2.
+    For mu_theta features is dmu/dtheta (states, D, parameters) and derivatives dQ~/da; for
+    Sigma_phi features is dSigma/dphi (states, D * D, parameters) and derivatives d2Q~/da2.
     """
-    return torch.linalg.lstsq(features.flatten(0, 1), derivatives.flatten().unsqueeze(1)).solution.squeeze(1)
+    target = derivatives.flatten().unsqueeze(1)
+    return torch.linalg.lstsq(features.flatten(0, 1), target).solution.squeeze(1)
 
 
 def closed_form(args, d, y, covariance):
-    """Fit w.relu(W d + b) + c to y, the features drawn at the scale of d; return the derivatives of its average at d = 0."""
+    """Fit w.gelu(W d + b) + c to y; return the derivatives of its average over N(0, Sigma) at 0.
+
+    The features are drawn at the scale of d. The average is that of weights.py.
+    """
     generator = torch.Generator().manual_seed(args.seed)
     factor = torch.linalg.cholesky(covariance)
     w_d = torch.randn(args.features, d.shape[-1], generator=generator) @ torch.linalg.inv(factor)
     b = 1.5 * torch.randn(args.features, generator=generator)
-    x = torch.cat([torch.relu(d @ w_d.T + b), torch.ones_like(d[..., :1])], -1)
+    hidden = torch.nn.functional.gelu(d @ w_d.T + b)
+    x = torch.cat([hidden, torch.ones_like(d[..., :1])], -1)
     gram = x.mT @ x / x.shape[1] + args.ridge * torch.eye(x.shape[-1])
     w = torch.linalg.solve(gram, x.mT @ y.unsqueeze(-1) / x.shape[1])[:, :-1, 0]
-    s = torch.einsum("ui,ij,uj->u", w_d, covariance, w_d).sqrt()
-    pdf = torch.exp(-0.5 * (b / s) ** 2) / math.sqrt(2 * math.pi)
-    return (w * torch.special.ndtr(b / s)) @ w_d, torch.einsum("ru,ui,uj->rij", w * pdf / s, w_d, w_d)
+
+    var = torch.einsum("ui,ij,uj->u", w_d, covariance, w_d)
+    r = (1 + var).sqrt()
+    z = b / r
+    pdf = torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
+    first = torch.special.ndtr(z) + z * pdf / r**2
+    second = pdf / r * (1 + (1 - z**2) / r**2)
+    return (w * first) @ w_d, torch.einsum("ru,ui,uj->rij", w * second, w_d, w_d)
 
 
 def reparameterisation(d, covariance):
     """Average dr/da and dr/da (S d)^T over the samples."""
-    slope = torch.vmap(torch.func.grad(lambda a: smoothed_reward(a, 0 * covariance)))((MEAN + d).flatten(0, 1)).view_as(d)
-    outer = (slope.unsqueeze(-1) * factors(d, covariance)[0].unsqueeze(-2)).mean(1)
+    slope_at = torch.func.grad(lambda a: smoothed_reward(a, 0 * covariance))
+    slope = torch.vmap(slope_at)((MEAN + d).flatten(0, 1)).view_as(d)
+    first, _ = factors(d, covariance)
+    outer = (slope.unsqueeze(-1) * first.unsqueeze(-2)).mean(1)
     return slope.mean(1), (outer + outer.mT) / 2
 
 
@@ -120,45 +151,39 @@ def estimates(args, covariance):
     generator = torch.Generator().manual_seed(args.seed)
     factor = torch.linalg.cholesky(covariance)
     d = torch.randn(args.runs, args.actions, 2, generator=generator) @ factor.T
-    pairs = torch.cat([d[:, : args.actions // 2], -d[:, : args.actions // 2]], 1)
+    half = d[:, : args.actions // 2]
+    pairs = torch.cat([half, -half], 1)
     noise = args.noise * torch.randn(args.runs, args.actions, generator=generator)
-    y, mirrored = (smoothed_reward(MEAN + x, 0 * covariance) + noise for x in (d, pairs))
+    y = smoothed_reward(MEAN + d, 0 * covariance) + noise
+    y_pairs = smoothed_reward(MEAN + pairs, 0 * covariance) + noise
     return {
         "plain": derivative_bellman(d, y, covariance),
         "baseline": derivative_bellman(d, leave_one_out(y), covariance),
-        "antithetic": derivative_bellman(pairs, mirrored, covariance),
-        "antithetic, baseline": derivative_bellman(pairs, pair_baseline(mirrored), covariance),
+        "antithetic": derivative_bellman(pairs, y_pairs, covariance),
+        "antithetic, baseline": derivative_bellman(pairs, pair_baseline(y_pairs), covariance),
         "compatible critic": compatible_critic(d, y, covariance),
         "closed form": closed_form(args, d, y, covariance),
         "reparameterisation": reparameterisation(d, covariance),
     }
 
 
-def check(args):
-    """Exit with an error message if a flag is out of range or NaN."""
-    for name, value in asdict(args).items():
-        low, high = (0, 2**31) if name == "seed" else (2 if type(value) is int else 0, math.inf)
-        if not low <= value <= high:
-            sys.exit(f"--{name} {value}: must lie between {low:g} and {high:g}")
-    if args.actions % 2 or args.actions < 8:
-        sys.exit(f"--actions {args.actions}: must be even and at least 8, for pairs and for the compatible critic")
-
-
 def main(args):
-    check(args)
     torch.set_num_threads(1)
     scales = (1.0, 0.3, 0.1)
     rows = {}
     for scale in scales:
         covariance = scale**2 * COVARIANCE
-        exact = torch.func.grad(smoothed_reward)(MEAN, covariance), torch.func.hessian(smoothed_reward)(MEAN, covariance)
+        gradient = torch.func.grad(smoothed_reward)(MEAN, covariance)
+        hessian = torch.func.hessian(smoothed_reward)(MEAN, covariance)
         for name, found in estimates(args, covariance).items():
-            for x, y in zip(found, exact, strict=True):
-                bias = (x.mean(0) - y).norm() / y.norm()
-                std = (x - x.mean(0)).flatten(1).square().sum(1).mean().sqrt() / y.norm()
-                rows.setdefault(name, []).append(f"{std:.2f} ({bias:.2f})")
-    heads = [f"{derivative}, {scale:g} σ" for scale in scales for derivative in ("gradient", "Hessian")]
-    print("| estimator | " + " | ".join(heads) + " |\n" + "|---" * (len(heads) + 1) + "|")
+            for x, exact in zip(found, (gradient, hessian), strict=True):
+                bias = (x.mean(0) - exact).norm() / exact.norm()
+                variance = (x - x.mean(0)).flatten(1).square().sum(1).mean()
+                cell = f"{variance.sqrt() / exact.norm():.2f} ({bias:.2f})"
+                rows.setdefault(name, []).append(cell)
+    heads = [f"{name}, {scale:g} σ" for scale in scales for name in ("gradient", "Hessian")]
+    print("| estimator | " + " | ".join(heads) + " |")
+    print("|---" * (len(heads) + 1) + "|")
     for name, cells in rows.items():
         print(f"| {name} | " + " | ".join(cells) + " |")
 

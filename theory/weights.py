@@ -1,30 +1,34 @@
-"""What the weights of (18) do if the replay buffer holds only the policy's own actions: one step, two action dimensions.
+"""Phantom actions, their weights and what the buffer holds: one step, two action dimensions.
 
-The policy N(mu, Sigma) is fixed, with a full Sigma. The reward is a sum of Gaussian bumps plus noise, so its convolution with
-the policy, Q~ (9), is known exactly. Every critic gets the same number of actions and updates; only its loss differs, by a line
-or two. Errors are root mean squares, relative to the exact value:
+The policy N(mu, Sigma) is fixed, with a full Sigma. The reward is a sum of Gaussian bumps plus
+noise, so its convolution with the policy, Q~ (9), is known exactly. Every critic gets the same
+number of actions and updates. Errors are root mean squares, relative to the exact value:
 
-    Q~          at actions a ~ N(mu, Sigma), relative to the standard deviation of the exact Q~ there
-    gradient    of dQ~/da at mu, which (13) needs          Hessian    of d2Q~/da2 at mu, which (15) needs
+    Q~          at actions a ~ N(mu, Sigma), relative to the deviation of the exact Q~ there
+    gradient    of dQ~/da at mu, which (13) needs
+    Hessian     of d2Q~/da2 at mu, which (15) needs
     samples     effective sample size (sum w)^2 / sum w^2 of the weights, as a share of the buffer
 
-Without weights the fit has another limit. If a~ ~ N(mu, Sigma) and a ~ N(a~, Sigma), then a~ given a is N((a + mu)/2, Sigma/2).
-The critic learns that narrower smoothing, stretched to twice its width around mu.
+Without weights the fit has another limit. If a~ ~ N(mu, Sigma) and a ~ N(a~, Sigma), then a~ given
+a is N((a + mu)/2, Sigma/2). The critic learns that narrower smoothing, stretched to twice its width
+around mu. Exact phantom actions have the right limit without weights: see README.
 
-Without a cap the weights 1/q have neither a finite mean nor a finite variance under q. (19) leaves a freedom that the paper
-does not use: a factor that depends on the phantom action a alone does not move the optimum. The weights q(a)/q(a~) have the
-same optimum, and a finite mean.
+Without a cap the weights 1/q have neither a finite mean nor a finite variance under q. (19) leaves
+a freedom that the paper does not use: a factor that depends on the phantom action a alone does not
+move the optimum. The weights q(a)/q(a~) have the same optimum, and a finite mean.
 """
 
 import math
-import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import tyro
 
-MEAN, COVARIANCE = torch.tensor([0.2, -0.1]), torch.tensor([[0.36, 0.15], [0.15, 0.25]])
-CENTERS, HEIGHTS = torch.tensor([[-0.7, 0.0], [0.8, 0.6], [0.4, -0.9]]), torch.tensor([0.7, 1.0, -0.6])
+MEAN = torch.tensor([0.2, -0.1])
+COVARIANCE = torch.tensor([[0.36, 0.15], [0.15, 0.25]])
+CENTERS = torch.tensor([[-0.7, 0.0], [0.8, 0.6], [0.4, -0.9]])
+HEIGHTS = torch.tensor([0.7, 1.0, -0.6])
 BUMP = torch.tensor([[0.25, -0.05], [-0.05, 0.16]])  # every bump's covariance
 
 
@@ -39,10 +43,14 @@ class Args:
     noise: float = 0.3  # standard deviation of the noise on the rewards
     max_weight: float = 50.0  # cap on the weights
     samples: int = 8  # samples in each average of (17)
+    behaviour_scale: float = 1.5  # c: std of the wider behaviour, over the policy's
 
 
 def smoothed_reward(a, covariance):
-    """Return the reward averaged over N(a, covariance) for a (..., 2): a zero covariance gives the reward itself."""
+    """Return the reward averaged over N(a, covariance) for a (..., 2).
+
+    A zero covariance gives the reward itself.
+    """
     wider = BUMP.to(a) + covariance
     d = a.unsqueeze(-2) - CENTERS.to(a)
     heights = HEIGHTS.to(a) * (torch.linalg.det(BUMP.to(a)) / torch.linalg.det(wider)).sqrt()
@@ -56,11 +64,15 @@ def derivatives(f, a):
 
 def density(a):
     """Return the policy's density at a (..., 2)."""
-    return torch.distributions.MultivariateNormal(MEAN.to(a), COVARIANCE.to(a)).log_prob(a).exp()
+    policy = torch.distributions.MultivariateNormal(MEAN.to(a), COVARIANCE.to(a))
+    return policy.log_prob(a).exp()
 
 
 class Critic(torch.nn.Module):
-    """One network q(a) = w.h(W a + b) + c for each run: (runs, batch, 2) to (runs, batch). h is GELU, or ReLU if relu."""
+    """One network q(a) = w.h(W a + b) + c for each run: (runs, batch, 2) to (runs, batch).
+
+    h is GELU, or ReLU if relu.
+    """
 
     def __init__(self, runs, generator, relu=False, units=64):
         super().__init__()
@@ -76,30 +88,69 @@ class Critic(torch.nn.Module):
         return torch.baddbmm(self.c, h, self.w).squeeze(2)
 
     def smoothed(self, a, covariance):
-        """Return the average of q over N(a, covariance) (runs, batch), its gradient (..., 2) and its Hessian (..., 2, 2).
+        """Return q averaged over N(a, covariance) (runs, batch), its gradient and its Hessian.
 
-        A unit sees the policy as one Gaussian of variance s^2 = W Sigma W^T. With t^2 = delta^2 + s^2 and u = z / t
+        A unit sees the policy as one Gaussian of variance s^2 = W Sigma W^T. With
+        r^2 = delta^2 + s^2 and x = z / r
 
-            E[h] = t u cdf(u) + s^2/t pdf(u)    E[h'] = cdf(u) + delta^2/t^2 u pdf(u)
-            E[h''] = pdf(u)/t (1 + delta^2/t^2 (1 - u^2))
+            E[h]   = r x cdf(x) + s^2 / r pdf(x)
+            E[h']  = cdf(x) + delta^2 / r^2 x pdf(x)
+            E[h''] = pdf(x) / r (1 + delta^2 / r^2 (1 - x^2))
 
-        which for ReLU (delta = 0, t = s) is z cdf(z/s) + s pdf(z/s), cdf(z/s) and pdf(z/s)/s.
+        which for ReLU (delta = 0, r = s) is z cdf(z/s) + s pdf(z/s), cdf(z/s) and pdf(z/s)/s.
         """
         var = torch.einsum("rui,ij,ruj->ru", self.w_a, covariance, self.w_a).unsqueeze(1)
-        t = (self.delta**2 + var).sqrt()
-        u, share = torch.baddbmm(self.b, a, self.w_a.mT) / t, self.delta**2 / t**2
-        cdf, pdf = torch.special.ndtr(u), torch.exp(-0.5 * u * u) / math.sqrt(2 * math.pi)
-        value = ((t * u * cdf + var / t * pdf) @ self.w + self.c).squeeze(2)
-        first, second = (cdf + share * u * pdf) * self.w.mT, pdf / t * (1 + share * (1 - u * u)) * self.w.mT
-        return value, first @ self.w_a, torch.einsum("rbu,rui,ruj->rbij", second, self.w_a, self.w_a)
+        r = (self.delta**2 + var).sqrt()
+        x = torch.baddbmm(self.b, a, self.w_a.mT) / r
+        share = self.delta**2 / r**2
+        cdf = torch.special.ndtr(x)
+        pdf = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+        value = ((r * x * cdf + var / r * pdf) @ self.w + self.c).squeeze(2)
+        first = (cdf + share * x * pdf) * self.w.mT
+        second = pdf / r * (1 + share * (1 - x * x)) * self.w.mT
+        gradient = first @ self.w_a
+        hessian = torch.einsum("rbu,rui,ruj->rbij", second, self.w_a, self.w_a)
+        return value, gradient, hessian
 
 
-# The critics' squared errors (runs, batch). a holds actions of the buffer, y what they earned, noise ~ N(0, Sigma).
+# Phantom actions (runs, batch, 2) for the actions a of the buffer; noise ~ N(0, I).
+
+
+def square_root(matrix):
+    """Return R (2, 2) with R R^T = matrix, which may be singular."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp(min=0).sqrt()
+
+
+def phantom(a, noise):
+    """The paper's: a phantom action from N(a, Sigma)."""
+    return a + noise @ torch.linalg.cholesky(COVARIANCE.to(a)).T
+
+
+def exact_phantom(a, noise, behaviour):
+    """The action behind a ~ N(mu, behaviour).
+
+    From N(mu + (I - K)(a - mu), (I - K) Sigma) with K = Sigma behaviour^-1.
+    """
+    covariance = COVARIANCE.to(a)
+    rest = torch.eye(2).to(a) - covariance @ torch.linalg.inv(behaviour)
+    center = MEAN.to(a) + (a - MEAN.to(a)) @ rest.T
+    return center + noise @ square_root(rest @ covariance).T
+
+
+# The critics' squared errors (runs, batch). y is what the actions a of the buffer earned, and noise
+# (runs, batch, samples, 2) is N(0, I).
 
 
 def no_weights(args, nets, a, y, noise):
     """(18) at phantom actions, the buffer taken as uniform."""
-    return (nets[0](a + noise[:, :, 0]) - y) ** 2
+    return (nets[0](phantom(a, noise[:, :, 0])) - y) ** 2
+
+
+def exact(args, nets, a, y, noise):
+    """(18) at exact phantom actions."""
+    behaviour = args.behaviour_scale**2 * COVARIANCE.to(a)
+    return (nets[0](exact_phantom(a, noise[:, :, 0], behaviour)) - y) ** 2
 
 
 def weights(args, nets, a, y, noise):
@@ -110,7 +161,7 @@ def weights(args, nets, a, y, noise):
 
 def ratio_weights(args, nets, a, y, noise):
     """(18) with its weights times the density of the phantom action."""
-    w = (density(a + noise[:, :, 0]) / density(a)).clamp(max=args.max_weight)
+    w = (density(phantom(a, noise[:, :, 0])) / density(a)).clamp(max=args.max_weight)
     return w / w.mean(1, keepdim=True) * no_weights(args, nets, a, y, noise)
 
 
@@ -118,9 +169,10 @@ def first_route(args, nets, a, y, noise):
     """Q by (16), and Q~ fitted to averages of Q over several actions (17)."""
     smoothed, q = nets
     count = a.shape[1] // args.samples  # fewer points, so that (17) evaluates Q as often as (16)
-    around = a[:, :count].unsqueeze(2) + noise[:, :count]
+    around = phantom(a[:, :count].unsqueeze(2), noise[:, :count])
     targets = q(around.flatten(1, 2)).detach().view(around.shape[:3]).mean(2)
-    return torch.cat([(q(a) - y) ** 2, (smoothed(a[:, :count]) - targets) ** 2 * args.samples], 1)
+    smoothed_errors = (smoothed(a[:, :count]) - targets) ** 2 * args.samples
+    return torch.cat([(q(a) - y) ** 2, smoothed_errors], 1)
 
 
 def fit_q(args, nets, a, y, noise):
@@ -128,100 +180,124 @@ def fit_q(args, nets, a, y, noise):
     return (nets[0](a) - y) ** 2
 
 
-METHODS = {  # the loss; whether the buffer is uniform; whether the critic is of Q and smoothed in closed form; ReLU; networks
-    "phantom actions, uniform buffer": (no_weights, True, False, False, 1),
-    "phantom actions, no weights": (no_weights, False, False, False, 1),
-    "phantom actions, weights 1/q(ã)": (weights, False, False, False, 1),
-    "phantom actions, weights q(a)/q(ã)": (ratio_weights, False, False, False, 1),
-    "first route": (first_route, False, False, False, 2),
-    "closed form, GELU": (fit_q, False, True, False, 1),
-    "closed form, ReLU": (fit_q, False, True, True, 1),
+@dataclass
+class Method:
+    loss: Callable
+    networks: int = 1
+    uniform: bool = False  # whether the buffer is uniform
+    wider: bool = False  # whether the buffer is from a Gaussian with c times the policy's std
+    closed_form: bool = False  # whether the critic is of Q, and smoothed in closed form
+    relu: bool = False
+
+
+METHODS = {
+    "phantom actions, uniform buffer": Method(no_weights, uniform=True),
+    "phantom actions, no weights": Method(no_weights),
+    "phantom actions, weights 1/q(ã)": Method(weights),
+    "phantom actions, weights q(a)/q(ã)": Method(ratio_weights),
+    "phantom actions, wider buffer": Method(no_weights, wider=True),
+    "exact phantom actions, wider buffer": Method(exact, wider=True),
+    "first route": Method(first_route, networks=2),
+    "closed form, GELU": Method(fit_q, closed_form=True),
+    "closed form, ReLU": Method(fit_q, closed_form=True, relu=True),
+    "closed form, GELU, wider buffer": Method(fit_q, closed_form=True, wider=True),
 }
 
 
-def train(args, loss, uniform, closed_form, relu, networks):
-    """Return the trained critics' Q~, gradient and Hessian as a function of actions (runs, batch, 2)."""
+def train(args, method):
+    """Return the trained critics' Q~, gradient and Hessian as a function of actions."""
     generator = torch.Generator().manual_seed(args.seed)
-    nets = [Critic(args.runs, generator, relu) for _ in range(networks)]
-    optimizer = torch.optim.Adam([p for net in nets for p in net.parameters()], lr=args.lr, fused=True)
-    factor = torch.linalg.cholesky(COVARIANCE)
-    if uniform:
-        buffer = MEAN + 6 * torch.rand(args.runs, args.actions, 2, generator=generator) - 3
+    nets = [Critic(args.runs, generator, method.relu) for _ in range(method.networks)]
+    parameters = [p for net in nets for p in net.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=args.lr, fused=True)
+    shape = (args.runs, args.actions, 2)
+    if method.uniform:
+        buffer = MEAN + 6 * torch.rand(shape, generator=generator) - 3
     else:
-        buffer = MEAN + torch.randn(args.runs, args.actions, 2, generator=generator) @ factor.T
-    rewards = smoothed_reward(buffer, 0 * COVARIANCE) + args.noise * torch.randn(buffer.shape[:2], generator=generator)
+        factor = torch.linalg.cholesky(COVARIANCE)
+        if method.wider:
+            factor = args.behaviour_scale * factor
+        buffer = MEAN + torch.randn(shape, generator=generator) @ factor.T
+    reward_noise = args.noise * torch.randn(buffer.shape[:2], generator=generator)
+    rewards = smoothed_reward(buffer, 0 * COVARIANCE) + reward_noise
     rows = torch.arange(args.runs).unsqueeze(1)
+    samples = args.samples if method.networks > 1 else 1
     for update in range(args.updates):
-        index = torch.randint(args.actions, (args.runs, args.batch_size), generator=generator)
-        count = args.samples if networks > 1 else 1
-        noise = torch.randn(args.runs, args.batch_size, count, 2, generator=generator) @ factor.T
         optimizer.param_groups[0]["lr"] = args.lr * (1 - update / args.updates)
+        index = torch.randint(args.actions, (args.runs, args.batch_size), generator=generator)
+        noise = torch.randn(args.runs, args.batch_size, samples, 2, generator=generator)
+        errors = method.loss(args, nets, buffer[rows, index], rewards[rows, index], noise)
         optimizer.zero_grad()
-        (loss(args, nets, buffer[rows, index], rewards[rows, index], noise).sum() / args.batch_size).backward()
+        (errors.sum() / args.batch_size).backward()
         optimizer.step()
-    return lambda a: nets[0].smoothed(a, COVARIANCE if closed_form else 0 * COVARIANCE)
+    smoothing = COVARIANCE if method.closed_form else 0 * COVARIANCE
+    return lambda a: nets[0].smoothed(a, smoothing)
 
 
 def errors(args, predict):
-    """Return the relative errors of Q~, of its gradient and of its Hessian. predict maps actions (runs, batch, 2) to them."""
+    """Return the relative errors of Q~, of its gradient and of its Hessian.
+
+    predict maps actions (runs, batch, 2) to the three.
+    """
 
     def exact(a):
         return smoothed_reward(a, COVARIANCE)
 
+    def root_mean_square(x):
+        return x.square().mean().sqrt().item()
+
     generator = torch.Generator().manual_seed(0)
-    a = MEAN + torch.randn(1_000, 2, generator=generator) @ torch.linalg.cholesky(COVARIANCE).T
-    gradient, hessian = derivatives(exact, MEAN)
-    value = predict(a.expand(args.runs, -1, -1))[0]
-    _, g, h = predict(MEAN.expand(args.runs, 1, 2))
-    found = ((value - exact(a)).square().mean().sqrt() / exact(a).std()).item()
-    return found, *(
-        ((x.squeeze(1) - y).square().flatten(1).sum(1).mean().sqrt() / y.norm()).item()
-        for x, y in [(g, gradient), (h, hessian)]
-    )
+    noise = torch.randn(1_000, 2, generator=generator)
+    a = MEAN + noise @ torch.linalg.cholesky(COVARIANCE).T
+    value, _, _ = predict(a.expand(args.runs, -1, -1))
+    found = [root_mean_square(value - exact(a)) / exact(a).std().item()]
+    _, *at_mean = predict(MEAN.expand(args.runs, 1, 2))
+    for x, y in zip(at_mean, derivatives(exact, MEAN), strict=True):
+        norms = (x.squeeze(1) - y).flatten(1).norm(dim=1)
+        found.append(root_mean_square(norms) / y.norm().item())
+    return found
 
 
 def limit_without_weights(a):
-    """Return what phantom actions without weights converge to, its gradient and Hessian, for a (runs, batch, 2)."""
+    """Return the limit of phantom actions without weights, its gradient and its Hessian.
+
+    a is (runs, batch, 2).
+    """
 
     def narrower(a):
         return smoothed_reward((a + MEAN) / 2, COVARIANCE / 2)
 
     flat = a.reshape(-1, 2)
-    gradient, hessian = torch.vmap(torch.func.grad(narrower))(flat), torch.vmap(torch.func.hessian(narrower))(flat)
+    gradient = torch.vmap(torch.func.grad(narrower))(flat)
+    hessian = torch.vmap(torch.func.hessian(narrower))(flat)
     return narrower(a), gradient.view(*a.shape), hessian.view(*a.shape, 2)
 
 
 def effective_samples(args, loss):
     """Return the effective sample size of the weights, as a share of the buffer."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(2, 200_000, 2, generator=generator) @ torch.linalg.cholesky(COVARIANCE).T
-    a = MEAN + noise[0]
-    w = {weights: 1 / density(a), ratio_weights: density(a + noise[1]) / density(a)}.get(loss, torch.ones(1))
+    noise = torch.randn(2, 200_000, 2, generator=generator)
+    a = phantom(MEAN, noise[0])
+    w = torch.ones(1)
+    if loss is weights:
+        w = 1 / density(a)
+    if loss is ratio_weights:
+        w = density(phantom(a, noise[1])) / density(a)
     w = w.clamp(max=args.max_weight)
     return (w.mean() ** 2 / w.square().mean()).item()
 
 
-def check(args):
-    """Exit with an error message if a flag is out of range or NaN."""
-    for name, value in asdict(args).items():
-        low, high = (0, 2**31) if name == "seed" else (1 if type(value) is int else 0, math.inf)
-        if not low <= value <= high:
-            sys.exit(f"--{name.replace('_', '-')} {value}: must lie between {low:g} and {high:g}")
-    if args.samples > args.batch_size:
-        sys.exit(f"--samples {args.samples}: at most --batch-size {args.batch_size}")
-
-
 def main(args):
-    check(args)
     torch.set_num_threads(1)
     print("| method | error of Q̃ | of its gradient | of its Hessian | samples |")
     print("|---|---|---|---|---|")
-    for name, (loss, *settings) in METHODS.items():
-        found = errors(args, train(args, loss, *settings))
-        print(f"| {name} | " + " | ".join(f"{x:.0%}" for x in (*found, effective_samples(args, loss))) + " |", flush=True)
-        if name == "phantom actions, no weights":
-            limit = errors(args, limit_without_weights)
-            print("| its limit, N((a + μ)/2, Σ/2) | " + " | ".join(f"{x:.0%}" for x in limit) + " | |")
+    for name, method in METHODS.items():
+        found = errors(args, train(args, method))
+        cells = [f"{x:.0%}" for x in (*found, effective_samples(args, method.loss))]
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+        if method == Method(no_weights):
+            limit = [f"{x:.0%}" for x in errors(args, limit_without_weights)]
+            print("| its limit, N((a + μ)/2, Σ/2) | " + " | ".join(limit) + " | |")
 
 
 if __name__ == "__main__":
