@@ -1,30 +1,30 @@
 """Smoothie against DDPG on a bandit with two bumps of reward (Nachum et al., ICML 2018).
 
-This is the task of Sections 3 and 6.1, Figures 1 and 2. There is one state, a step ends the
-episode, and the policy N(mu, Sigma), Sigma = sigma^2 = exp(phi), starts on the worse bump. There
-the reward only leads back to its top. The reward smoothed by the policy leads to the better bump:
+The task of Sections 3 and 6.1, Figures 1 and 2. There is one state, and one action ends the
+episode. The policy N(mu, Sigma), Sigma = sigma^2 = exp(phi), starts on top of the worse bump. The
+gradient of the reward leads back there. That of the smoothed reward leads to the better bump:
 
     Q~(a) = E[Q(a~)],  a~ ~ N(a, Sigma)                                                     (9)
-    mu  goes up  dQ~/da at mu                                                              (13)
-    phi goes up  1/2 d2Q~/da2 at mu, times Sigma                                     (14), (15)
+    mu  ascends  dQ~/da at mu                                                              (13)
+    phi ascends  1/2 d2Q~/da2 at mu, times Sigma                                     (14), (15)
 
-Q is the reward itself here. So Q~ and the path of mu and phi are known exactly: smoothed_reward
-and gradient_flow. The picture compares this path with three methods that learn from samples:
+Here Q is the reward itself, so Q~ and the path of mu and phi are known exactly (smoothed_reward,
+gradient_flow). The picture compares this path with three methods that learn from replayed a~:
 
     smoothie     fits Q~ at phantom actions a, such that a~ given a is N(a, Sigma)         (12)
-    closed form  fits Q at a~, and smooths this critic exactly (smoothie_closed_form.py)
-    ddpg         fits Q at a~, and leaves sigma alone
+    closed form  fits Q at a~, then smooths the critic exactly, as smoothie_closed_form.py does
+    ddpg         fits Q at a~, and leaves sigma as it is
 
-The phantom actions are exact, as the replay buffer keeps the m and the S of each a~ ~ N(m, S):
+The phantom actions are exact, as the buffer keeps the m and the S that each a~ was drawn with:
 
     a~ ~ N(m, S) is the same as a ~ N(m, S - Sigma), then a~ ~ N(a, Sigma): cov(a, a~) = S - Sigma
     so, with k = Sigma / S and thus cov(a, a~) / S = 1 - k, the a behind a given a~ is normal with
     mean m + (1 - k) (a~ - m)  and  variance (S - Sigma) - (1 - k) (S - Sigma) = (1 - k) Sigma
 
-At S = Sigma this is a = m, a single point with no slope to learn, so the behaviour is wider than
-the policy. As S grows it becomes the paper's a ~ N(a~, Sigma), right in a near-uniform buffer
-or with weights 1 / q(a~) (18). The script prints how the paper's form fares on policies' actions,
-with and without the weights, and when uniform actions come first.
+If S = Sigma, a is always m, which shows no slope: so the behaviour is wider than the policy. If S
+is infinite, a ~ N(a~, Sigma), the phantom action of the paper. Elsewhere that one needs the
+weights 1 / q(a~) of (18). The script prints how it fares without them, with them, and without
+them after uniform actions.
 """
 # /// script
 # requires-python = ">=3.11,<3.14"

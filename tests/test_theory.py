@@ -4,6 +4,7 @@ Tests of a numbered equation are named after it: pytest -k test_09.
 """
 
 import ast
+import functools
 import math
 import re
 from pathlib import Path
@@ -889,8 +890,9 @@ def test_readme_has_the_rows_that_its_script_prints(module, capsys):
     assert [row.split("|")[1] for row in printed.splitlines()] == names
 
 
+@functools.cache
 def names_in(path):
-    """Return the functions, classes and constants of a file; methods and fields as Class.name."""
+    """Return the functions and classes of a file; methods as Class.name."""
     names = set()
 
     def visit(node, prefix):
