@@ -61,7 +61,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
     seed: int = 1  # seed of the networks, exploration, replay and environment
     cuda: bool = True  # use the GPU if there is one
-    compile: bool = True  # compile the updates: slower to start, then 1.4 to 2.1 times as fast
+    compile: bool = True  # compile the updates: a minute to start, then faster training
     threads: int = 1  # CPU threads that PyTorch uses
     track: bool = False  # mirror every logged value to Weights & Biases
     wandb_project_name: str = "smoothie"  # the Weights & Biases project

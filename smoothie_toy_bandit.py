@@ -54,11 +54,11 @@ class Args:
     output: str = "smoothie_toy_bandit.png"  # the picture to write: Figure 2 of the paper
     seeds: int = 20  # independent runs of each method, side by side
     seed: int = 1  # seed of everything random
-    total_timesteps: int = 4_500  # actions taken, with one update each
-    learning_starts: int = 1_000  # first steps, in which only the critic learns
+    total_timesteps: int = 3_000  # actions taken, with one update each
+    learning_starts: int = 700  # first steps, in which only the critic learns
     batch_size: int = 128  # actions in each batch
-    policy_lr: float = 1e-2  # learning rate of mu, by gradient ascent
-    log_var_lr: float = 1.5e-2  # learning rate of phi, by gradient ascent
+    policy_lr: float = 1.5e-2  # learning rate of mu, by gradient ascent
+    log_var_lr: float = 2.25e-2  # learning rate of phi, by gradient ascent
     q_lr: float = 3e-3  # learning rate of the critic, by Adam
     exploration: float = 1.5  # std of the actions over the policy's; the paper's form and DDPG: 1
     max_weight: float = 50.0  # cap on the weights 1 / q(a~) of (18)
@@ -245,7 +245,7 @@ def plot(paths, flow, output):
     axes["reward"].axvline(MODES[0], color="0.5", linewidth=1, linestyle=":")
     axes["reward"].text(MODES[0] + 0.08, 0.62, "start", color="0.3")
     axes["reward"].text(1.35, 0.8, "reward")
-    axes["reward"].text(1.55, 0.3, rf"smoothed, $\sigma = {STD_INIT:g}$", color="#A0527F")
+    axes["reward"].text(1.8, 0.25, f"smoothed,\n$\\sigma = {STD_INIT:g}$", color="#A0527F")
     axes["reward"].set(xlabel="action", ylabel="reward", xlim=(-3.0, 3.0), ylim=(0, None))
     figure.savefig(output, dpi=150)
 
