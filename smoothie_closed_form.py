@@ -4,16 +4,17 @@ Smoothie follows the gradient and the Hessian of a smoothed critic,
 
     Q~(s, a) = E[Q(s, a~)],  a~ ~ N(a, Sigma)                                               (9)
 
-which the paper learns from phantom actions. If the action enters a GELU critic at its last
-hidden layer, Q(s, a) = w.gelu(z) + c with z = W_s e(s) + W_a a + b, no learning is needed. Around
-a the input of unit j is N(z_j, s_j^2), s_j^2 = sum_i (W_a)_ji^2 Sigma_ii, and with the density
-pdf and the distribution function cdf of N(0, 1), r = sqrt(1 + s^2) and x = z / r
+which the paper learns from phantom actions. But if the action enters a GELU critic at its last
+hidden layer, Q(s, a) = w.gelu(z) + c with z = W_s e(s) + W_a a + b, then Q~ follows from Q. Around
+a the input of unit j is N(z_j, s_j^2), s_j^2 = sum_i (W_a)_ji^2 Sigma_ii. With the density pdf and
+the distribution function cdf of N(0, 1), r = sqrt(1 + s^2) and x = z / r, the average of gelu over
+it and the first two derivatives of this average in z are
 
-    E[gelu]         = z cdf(x) + s^2 / r pdf(x)              Q~(s, a)    = w.E[gelu] + c
-    its derivative  = cdf(x) + x pdf(x) / r^2                dQ~/da      = (w * first) W_a
-    its second      = pdf(x) / r (1 + (1 - x^2) / r^2)       d2Q~/da_i^2 = (w * second) (W_a^2)_i
+    value  = z cdf(x) + s^2 / r pdf(x)                  Q~(s, a)    = w.value + c
+    first  = cdf(x) + x pdf(x) / r^2                    dQ~/da      = (w * first) W_a
+    second = pdf(x) / r (1 + (1 - x^2) / r^2)           d2Q~/da_i^2 = (w * second) (W_a^2)_i
 
-which at s = 0 are gelu, gelu' and gelu''. The policy N(mu_theta(s), Sigma_phi) follows
+At s = 0 they are gelu, gelu' and gelu''. The policy N(mu_theta(s), Sigma_phi) follows
 
     grad_theta O = E_s[ dQ~/da at mu(s), times grad_theta mu(s) ]                          (13)
     grad_phi   O = E_s[ 1/2 d2Q~/da2 at mu(s), times grad_phi Sigma ]                (14), (15)
@@ -24,7 +25,7 @@ exact expectation. As Sigma goes to 0, the updates become those of ddpg_continuo
 
     theta       the actor's layers    theta', phi', w'  target_actor, target_qfs
     phi         actor.log_var         mu_theta, phi     actor(observations)
-    Sigma_phi   exp(actor.log_var)    Q~, its derivatives  qf.smoothed(...)
+    Sigma_phi   exp(actor.log_var)    Q~, dQ~, d2Q~     qf.smoothed(...)
     w           qfs.parameters()      lambda            args.kl_coef * value_scale
 
 In E_s, replayed states stand in for the policy's. Actions are in normalised units, half their
@@ -228,7 +229,7 @@ class QNetwork(nn.Module):
         x = z / r
         cdf = 0.5 * (1 + torch.erf(x / math.sqrt(2)))
         pdf = torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi)
-        value = z * cdf + s2 / r * pdf  # E[gelu]
+        value = z * cdf + s2 / r * pdf
         first = cdf + x * pdf / (1 + s2)
         second = pdf / r * (1 + (1 - x.square()) / (1 + s2))
         return self.fc_q(value).squeeze(1), (w * first) @ w_a, (w * second) @ w_a.square()
@@ -242,14 +243,17 @@ def check_derivatives(qf, obs_dim, action_dim):
     action = torch.randn(1, action_dim, generator=generator).double()
     log_var = torch.randn(action_dim, generator=generator).double()
 
-    derivatives = torch.func.jacrev(qf.smoothed, (1, 2))(obs, action, log_var)
-    (in_action, in_log_var), (gradient_in_action, _), _ = derivatives
-    hessian = gradient_in_action[0, :, 0].diagonal()
-    no_noise = torch.full_like(log_var, -80.0)
-    exact = (qf(obs, action), in_action[0], hessian.unsqueeze(0), hessian * log_var.exp() / 2)
-    found = (qf.smoothed(obs, action, no_noise)[0], *qf.smoothed(obs, action, log_var)[1:])
+    without_noise, _, _ = qf.smoothed(obs, action, torch.full_like(log_var, -80.0))
+    _, gradient, hessian = qf.smoothed(obs, action, log_var)
+    of_value, of_gradient, _ = torch.func.jacrev(qf.smoothed, (1, 2))(obs, action, log_var)
+    value_in_action, value_in_log_var = of_value
+    exact_hessian = of_gradient[0][0, :, 0].diagonal().unsqueeze(0)
+    by_theorem_1 = 0.5 * exact_hessian * log_var.exp()  # (14)
+
+    found = (without_noise, gradient, hessian, value_in_log_var)
+    exact = (qf(obs, action), value_in_action[0], exact_hessian, by_theorem_1)
     hint = "QNetwork: smoothed is not the Gaussian average of forward; change both together"
-    torch.testing.assert_close((*found, in_log_var[0]), exact, rtol=1e-6, atol=1e-9, msg=hint)
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-9, msg=hint)
 
 
 class ReplayBuffer:

@@ -747,3 +747,17 @@ def test_a_changed_critic_needs_changed_derivatives(script, monkeypatch):
     assert torch.equal(torch.get_rng_state(), after)
     with pytest.raises(AssertionError, match="change both together"):
         script.check_derivatives(Deeper(OBS_DIM, ACTION_DIM), OBS_DIM, ACTION_DIM)
+
+
+def test_a_wrong_gaussian_average_is_noticed(monkeypatch):
+    """Values and derivatives that agree with each other, but belong to another covariance."""
+    right = smoothie_closed_form.QNetwork.smoothed
+
+    def wrong(qf, observations, actions, log_var):
+        return right(qf, observations, actions, 2 * log_var)
+
+    qf = smoothie_closed_form.QNetwork(OBS_DIM, ACTION_DIM)
+    smoothie_closed_form.check_derivatives(qf, OBS_DIM, ACTION_DIM)
+    monkeypatch.setattr(smoothie_closed_form.QNetwork, "smoothed", wrong)
+    with pytest.raises(AssertionError, match="change both together"):
+        smoothie_closed_form.check_derivatives(qf, OBS_DIM, ACTION_DIM)
