@@ -199,8 +199,8 @@ class QNetwork(nn.Module):
         """Return dQ/da, (batch, action_dim).
 
         The action enters z = fc2(...) linearly, through the columns w_a of fc2, so the chain rule
-        needs only the derivative of gelu(z) = z cdf(z). If you change forward, change this too,
-        or call torch.func.grad.
+        needs only the derivative of gelu(z) = z cdf(z). If you change forward, change this too;
+        check_derivatives names a line that serves any critic.
         """
         z = self.hidden(observations, actions)
         cdf = 0.5 * (1 + torch.erf(z / math.sqrt(2)))
@@ -221,7 +221,10 @@ def check_derivatives(qf, obs_dim, action_dim):
 
     exact = torch.func.jacrev(qf, 1)(obs, action)[0]
     found = qf.action_gradient(obs, action)
-    hint = "QNetwork: action_gradient is not that of forward; change both together"
+    hint = """QNetwork: action_gradient is not that of forward. Change both together, or let
+    action_gradient serve any critic:
+
+        return torch.func.grad(lambda a: self(observations, a).sum())(actions)"""
     torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-9, msg=hint)
 
 
@@ -349,7 +352,7 @@ def compile_updates(*updates):
         graph = torch.compile(update, fullgraph=True, isolate_recompiles=True, options=options)
 
         def run(*batch):  # a copy, as the next CUDA graph to run takes the memory of the results
-            return {key: value.clone() for key, value in graph(*batch).items()}
+            return {key: torch.as_tensor(value).clone() for key, value in graph(*batch).items()}
 
         return run
 
@@ -531,6 +534,8 @@ def train(args, env, eval_env, run_dir):
     if start > args.total_timesteps:
         sys.exit(f"--total-timesteps {args.total_timesteps}: {start} steps are done")
     writer = SummaryWriter(run_dir, purge_step=start + 1 if start else 0)
+    flags = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}", start)
     if start == 0:
         record_evaluation(0, agent, eval_env, args, run_dir, evaluations, writer)
 

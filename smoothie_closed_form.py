@@ -192,7 +192,7 @@ class Actor(nn.Module):
     @torch.inference_mode()
     def act(self, obs):
         """Return the mean action and its standard deviation at one observation, NumPy arrays."""
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.log_var.device)
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.fc_mean.bias.device)
         mean, log_var = self(obs)
         return mean.cpu().numpy(), (0.5 * log_var).exp().cpu().numpy()
 
@@ -252,7 +252,8 @@ def check_derivatives(qf, obs_dim, action_dim):
 
     found = (without_noise, gradient, hessian, value_in_log_var)
     exact = (qf(obs, action), value_in_action[0], exact_hessian, by_theorem_1)
-    hint = "QNetwork: smoothed is not the Gaussian average of forward; change both together"
+    hint = """QNetwork: smoothed is not the Gaussian average of forward. Change both together, or
+    learn Q~ as smoothie_continuous.py does, with any critic"""
     torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-9, msg=hint)
 
 
@@ -400,7 +401,7 @@ def compile_updates(*updates):
         graph = torch.compile(update, fullgraph=True, isolate_recompiles=True, options=options)
 
         def run(*batch):  # a copy, as the next CUDA graph to run takes the memory of the results
-            return {key: value.clone() for key, value in graph(*batch).items()}
+            return {key: torch.as_tensor(value).clone() for key, value in graph(*batch).items()}
 
         return run
 
@@ -518,13 +519,13 @@ def record_evaluation(step, agent, env, args, run_dir, evaluations, writer):
     sys.stdout.flush()
 
 
-def log_losses(step, losses, agent, writer):
+def log_losses(step, losses, std, writer):
     for key, value in losses.items():
         if not math.isfinite(value):
             sys.exit(f"step {step}: {key} is {value}, as training has diverged: try lower rates")
         writer.add_scalar(key, value, step)
-    for i, log_var in enumerate(agent.actor.log_var.tolist()):
-        writer.add_scalar(f"policy/std_{i}", math.exp(0.5 * log_var), step)
+    for i, std_i in enumerate(std):
+        writer.add_scalar(f"policy/std_{i}", std_i, step)
 
 
 def save(state, path):
@@ -585,6 +586,8 @@ def train(args, env, eval_env, run_dir):
     if start > args.total_timesteps:
         sys.exit(f"--total-timesteps {args.total_timesteps}: {start} steps are done")
     writer = SummaryWriter(run_dir, purge_step=start + 1 if start else 0)
+    flags = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}", start)
     if start == 0:
         record_evaluation(0, agent, eval_env, args, run_dir, evaluations, writer)
 
@@ -627,7 +630,8 @@ def train(args, env, eval_env, run_dir):
             writer.add_scalar("charts/episodic_length", episode_length, step)
             bar.set_postfix_str(f"return {episode_return:.0f}", refresh=False)
         if step % LOG_FREQUENCY == 0:
-            log_losses(step, losses, agent, writer)
+            _, std = agent.actor.act(obs)
+            log_losses(step, losses, std, writer)
             steps_per_second = (step - start) / (time.perf_counter() - clock)
             writer.add_scalar("charts/SPS", steps_per_second, step)
 

@@ -193,7 +193,7 @@ class Actor(nn.Module):
     @torch.inference_mode()
     def act(self, obs):
         """Return the mean action and its standard deviation at one observation, NumPy arrays."""
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.log_var.device)
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.fc_mean.bias.device)
         mean, log_var = self(obs)
         return mean.cpu().numpy(), (0.5 * log_var).exp().cpu().numpy()
 
@@ -220,8 +220,8 @@ class QNetwork(nn.Module):
         """Return dQ~/da and the diagonal of d2Q~/da2, each (batch, action_dim).
 
         The action enters z = fc2(...) linearly, through the columns w_a of fc2, so the chain rule
-        needs only the derivatives of gelu(z) = z cdf(z). If you change forward, change this too,
-        or call torch.func.grad and torch.func.hessian.
+        needs only the derivatives of gelu(z) = z cdf(z). If you change forward, change this too;
+        check_derivatives names three lines that serve any critic.
         """
         z = self.hidden(observations, actions)
         cdf = 0.5 * (1 + torch.erf(z / math.sqrt(2)))
@@ -245,7 +245,12 @@ def check_derivatives(qf, obs_dim, action_dim):
     hessian = torch.func.hessian(qf, 1)(obs, action)[0, 0, :, 0]
     exact = (gradient, hessian.diagonal().unsqueeze(0))
     found = qf.action_derivatives(obs, action)
-    hint = "QNetwork: action_derivatives are not those of forward; change both together"
+    hint = """QNetwork: action_derivatives are not those of forward. Change both together, or let
+    action_derivatives serve any critic:
+
+        q = lambda s, a: self(s.unsqueeze(0), a.unsqueeze(0)).squeeze()
+        hessian = torch.vmap(torch.func.hessian(q, 1))(observations, actions).diagonal(0, 1, 2)
+        return torch.vmap(torch.func.grad(q, 1))(observations, actions), hessian"""
     torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-9, msg=hint)
 
 
@@ -268,11 +273,11 @@ class ReplayBuffer:
         self.count += 1
 
     def sample(self, batch_size):
-        """Return observations, actions, rewards, next observations, terminated, means, vars."""
+        """Return the columns that add takes, of rows drawn with replacement: one batch."""
         index = self.rng.integers(min(self.count, len(self.rows)), size=batch_size)
         rows = torch.from_numpy(self.rows[index]).to(self.device)
-        obs, actions, rewards, next_obs, terminated, means, vars = rows.split(self.widths, 1)
-        return obs, actions, rewards.squeeze(1), next_obs, terminated.squeeze(1), means, vars
+        obs, actions, rewards, next_obs, terminated, means, variances = rows.split(self.widths, 1)
+        return obs, actions, rewards.squeeze(1), next_obs, terminated.squeeze(1), means, variances
 
 
 class Adam(nn.Module):
@@ -352,7 +357,9 @@ class Smoothie(nn.Module):
             "losses/value_scale": self.value_scale,
         }
 
-    def update_critics(self, observations, actions, rewards, next_obs, terminated, means, vars):
+    def update_critics(
+        self, observations, actions, rewards, next_obs, terminated, means, variances
+    ):
         """One step of w on the smoothed Bellman error (18). Return what to log."""
         with torch.no_grad():
             next_actions, _ = self.target_actor(next_obs)
@@ -362,10 +369,10 @@ class Smoothie(nn.Module):
             self.value_scale.lerp_(targets.abs().mean(), self.args.tau).clamp_(min=1e-6)
 
             _, log_var = self.actor(observations)
-            k = (log_var.exp() / vars).clamp(max=1.0) * self.args.exact_phantom_actions
+            k = (log_var.exp() / variances).clamp(max=1.0) * self.args.exact_phantom_actions
             phantom_means = means + (1 - k) * (actions - means)
-            phantom_vars = (1 - k) * log_var.exp()
-            phantom_actions = phantom_means + phantom_vars.sqrt() * torch.randn_like(actions)
+            phantom_variances = (1 - k) * log_var.exp()
+            phantom_actions = phantom_means + phantom_variances.sqrt() * torch.randn_like(actions)
 
         values = torch.stack([qf(observations, phantom_actions) for qf in self.qfs])
         losses = (values - targets).square().mean(1)  # (critics,)
@@ -402,7 +409,7 @@ def compile_updates(*updates):
         graph = torch.compile(update, fullgraph=True, isolate_recompiles=True, options=options)
 
         def run(*batch):  # a copy, as the next CUDA graph to run takes the memory of the results
-            return {key: value.clone() for key, value in graph(*batch).items()}
+            return {key: torch.as_tensor(value).clone() for key, value in graph(*batch).items()}
 
         return run
 
@@ -520,13 +527,13 @@ def record_evaluation(step, agent, env, args, run_dir, evaluations, writer):
     sys.stdout.flush()
 
 
-def log_losses(step, losses, agent, writer):
+def log_losses(step, losses, std, writer):
     for key, value in losses.items():
         if not math.isfinite(value):
             sys.exit(f"step {step}: {key} is {value}, as training has diverged: try lower rates")
         writer.add_scalar(key, value, step)
-    for i, log_var in enumerate(agent.actor.log_var.tolist()):
-        writer.add_scalar(f"policy/std_{i}", math.exp(0.5 * log_var), step)
+    for i, std_i in enumerate(std):
+        writer.add_scalar(f"policy/std_{i}", std_i, step)
 
 
 def save(state, path):
@@ -587,6 +594,8 @@ def train(args, env, eval_env, run_dir):
     if start > args.total_timesteps:
         sys.exit(f"--total-timesteps {args.total_timesteps}: {start} steps are done")
     writer = SummaryWriter(run_dir, purge_step=start + 1 if start else 0)
+    flags = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}", start)
     if start == 0:
         record_evaluation(0, agent, eval_env, args, run_dir, evaluations, writer)
 
@@ -632,7 +641,8 @@ def train(args, env, eval_env, run_dir):
             writer.add_scalar("charts/episodic_length", episode_length, step)
             bar.set_postfix_str(f"return {episode_return:.0f}", refresh=False)
         if step % LOG_FREQUENCY == 0:
-            log_losses(step, losses, agent, writer)
+            _, std = agent.actor.act(obs)
+            log_losses(step, losses, std, writer)
             steps_per_second = (step - start) / (time.perf_counter() - clock)
             writer.add_scalar("charts/SPS", steps_per_second, step)
 
