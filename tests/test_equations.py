@@ -1,9 +1,11 @@
 """The update against a textbook version of it; then the paper's equations, by number."""
 
 import copy
+import importlib.util
 import itertools
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import ddpg_continuous
 import smoothie_closed_form
 import smoothie_continuous
 import smoothie_no_kl
-from tests.conftest import agent_class
+from tests.conftest import ROOT, agent_class, run, scalars
 
 OBS_DIM, ACTION_DIM, BATCH = 17, 6, 16
 
@@ -60,11 +62,11 @@ class Plain:
 
     def policy(self, actor, observations):
         mean, log_var = actor(observations)
-        return torch.distributions.MultivariateNormal(mean, torch.diag(log_var.exp()))
+        return torch.distributions.MultivariateNormal(mean, torch.diag_embed(log_var.exp()))
 
-    def phantom_actions(self, actions, means, variances, noise):
+    def phantom_actions(self, observations, actions, means, variances, noise):
         """Condition the joint Gaussian of a and a~ on a~; an infinite variance is its limit."""
-        covariance = self.actor.log_var.exp()
+        covariance = self.actor(observations)[1].exp()
         before = (variances - covariance).clamp(min=0.0)  # of a, before a~ was drawn around it
         known = variances.isfinite()
         gain = torch.where(known, before / variances, 1.0)
@@ -86,7 +88,7 @@ class Plain:
                 mean_size = targets.abs().mean()
                 self.value_scale += self.args.tau * (mean_size - self.value_scale)
             if behaviour:
-                actions = self.phantom_actions(actions, *behaviour, noise)
+                actions = self.phantom_actions(observations, actions, *behaviour, noise)
         self.q_optimizer.zero_grad()
         for qf in reversed(self.qfs):
             values = qf(observations, actions)
@@ -110,8 +112,8 @@ class Plain:
         objective = (gradient * mean).sum(1).mean()
         if self.script is not ddpg_continuous:
             hessians = torch.vmap(torch.func.hessian(q))(mean.detach(), observations).detach()
-            covariance = torch.diag(self.actor.log_var.exp())
-            objective = objective + 0.5 * torch.einsum("bij,ji->b", hessians, covariance).mean()
+            covariance = torch.diag_embed(self.actor(observations)[1].exp())
+            objective = objective + 0.5 * (hessians * covariance).sum((1, 2)).mean()
             metrics["losses/hessian"] = hessians.diagonal(dim1=1, dim2=2).mean()
             metrics["losses/value_scale"] = self.value_scale
         if hasattr(self.args, "kl_coef"):
@@ -125,7 +127,7 @@ class Plain:
         (-objective).backward()
         self.actor_optimizer.step()
         with torch.no_grad():
-            if self.script is not ddpg_continuous:
+            if hasattr(self.actor, "log_var"):
                 rate = self.args.log_var_lr / self.value_scale
                 self.actor.log_var -= rate * self.actor.log_var.grad
             for net, target in [(self.actor, self.target_actor), (self.qfs, self.target_qfs)]:
@@ -146,7 +148,7 @@ def draws(script, dtype):
         obs, next_obs = normal(2, BATCH, OBS_DIM)
         actions, means, size = normal(3, BATCH, ACTION_DIM)
         batch = [obs, actions, 20 * normal(BATCH), next_obs, (normal(BATCH) > 1).to(dtype)]
-        if script in (smoothie_continuous, smoothie_no_kl):
+        if hasattr(script.Args, "exploration"):
             variances = size.exp()
             variances[::4] = math.inf
             batch += [means, variances]
@@ -211,6 +213,33 @@ def test_update_is_the_textbook_update(float64, script, critics):
     after_two, after_all, in_metrics, way = compare(script, new_agent(script, critics))
     assert after_two < 1e-9 and after_all < 1e-7 and in_metrics < 1e-6, (after_two, after_all)
     assert way > 0.02
+
+
+def test_readme_gives_the_covariance_a_state(float64, tmp_path):
+    """Sigma_phi(s) by the lines in README: its update is the textbook one, and it trains."""
+    (patch,) = re.findall(r"(?s)```diff\n(.*?)```", Path(ROOT, "README.md").read_text())
+    source = Path(smoothie_continuous.__file__).read_text()
+    for hunk in re.findall(r"(?m)(?:^-.*\n)+(?:^\+.*\n)*", patch):
+        old = "".join(line[1:] + "\n" for line in hunk.splitlines() if line[0] == "-")
+        new = "".join(line[1:] + "\n" for line in hunk.splitlines() if line[0] == "+")
+        assert old in source
+        source = source.replace(old, new)
+    path = tmp_path / "state_dependent.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location("state_dependent", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    agent = new_agent(script)
+    torch.nn.init.normal_(agent.actor.fc_log_var.weight, std=0.2)
+    _, log_var = agent.actor(torch.randn(9, OBS_DIM))
+    assert log_var.shape == (9, ACTION_DIM) and (log_var.std(0) > 0.1).all()
+    after_two, after_all, in_metrics, way = compare(script, agent)
+    assert after_two < 1e-9 and after_all < 1e-7 and in_metrics < 1e-6 and way > 0.02
+
+    torch.set_default_dtype(torch.float32)
+    std = [value for key, ((_, value), *_) in scalars(run(script)).items() if "std" in key]
+    assert std == pytest.approx(3 * [0.2], abs=0.05)
 
 
 def test_update_in_float32_stays_close(script):
