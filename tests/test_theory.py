@@ -37,6 +37,19 @@ def symmetric(x):
 # theory/bandit.py
 
 
+def test_the_walk_prints_what_the_equations_say(capsys):
+    ((code, shown),) = re.findall(r"(?s)```python\n(.*?)```\n\n```text\n(.*?)```", README)
+    exec(code, {})
+    number = r"-?\d+\.\d+"
+    printed = capsys.readouterr().out
+    assert re.sub(number, "", printed) == re.sub(number, "", shown)
+    numbers = [float(word) for word in re.findall(number, printed)]
+    assert numbers == pytest.approx([float(word) for word in re.findall(number, shown)], abs=0.03)
+    assert numbers[1:6:2] == pytest.approx(numbers[0:6:2], abs=0.002)
+    assert numbers[7:9] == pytest.approx([0.5, 1.0], abs=0.03)
+    assert numbers[9] == pytest.approx(numbers[11], abs=0.01)
+
+
 def test_09_smoothed_reward_of_the_bandit_by_quadrature(float64):
     nodes, w = gauss_hermite(200)
     for a, std in [(-1.0, 1.0), (0.3, 0.7), (1.2, 0.4)]:
