@@ -17,6 +17,7 @@ import pytest
 import table
 import torch
 import value_estimates
+from PIL import Image
 from runs import (
     Run,
     bootstrap_interval,
@@ -45,10 +46,14 @@ import numpy as np
 class Drift(gym.Env):
     observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
     action_space = gym.spaces.Box(-0.5, 2.0, (2,))
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 10}
+    dt = 0.05
+    modes = []
 
-    def __init__(self, render_mode=None):
+    def __init__(self, render_mode=None, width=48, height=32):
         self.render_mode = render_mode
+        self.modes.append(render_mode)
+        self.shape = (height, width, 3)
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
@@ -62,7 +67,7 @@ class Drift(gym.Env):
         return self.obs, float(self.obs[0] - np.square(action).sum()), far, False, {}
 
     def render(self):
-        return np.full((32, 48, 3), 128, np.uint8)
+        return np.full(self.shape, 128 + 20 * self.obs[0], np.uint8)
 
 
 gym.register("Drift-v0", entry_point=Drift, max_episode_steps=20)
@@ -354,6 +359,15 @@ def trained(request, tmp_path_factory):
         yield folder, script.main(args)
 
 
+def without(run_dir, name, folder):
+    """Copy a run's folder, but for the file of that name and what evaluations do not need."""
+    folder.mkdir()
+    for path in [run_dir / "policy.pt", run_dir / "config.json", *run_dir.glob("*.py")]:
+        if path.name != name:
+            shutil.copy(path, folder)
+    return folder
+
+
 def last_evaluation(run_dir):
     """Return (return, length) of the episodes, as strings."""
     lines = (run_dir / "evaluations.csv").read_text().splitlines()[1:]
@@ -363,10 +377,7 @@ def last_evaluation(run_dir):
 
 def test_evaluate_repeats_the_last_evaluation(trained, monkeypatch, capsys):
     folder, run_dir = trained
-    alone = folder / "alone"
-    alone.mkdir()
-    for path in [run_dir / "policy.pt", run_dir / "config.json", *run_dir.glob("*.py")]:
-        shutil.copy(path, alone)
+    alone = without(run_dir, None, folder / "alone")
     expected = last_evaluation(run_dir)
     assert len({length for _, length in expected}) > 1, "some episodes end early"
     results = evaluate.main(evaluate.Args(alone))
@@ -389,6 +400,37 @@ def test_evaluate_with_noise_and_video(trained, tmp_path):
     assert results == evaluate.main(evaluate.Args(run_dir, episodes=2, noise=0.2)), "seeded"
     frames = imageio.get_reader(tmp_path / "first.mp4").count_frames()
     assert frames == results[0][1] + 1
+
+
+def test_evaluate_in_a_window_and_without_the_runs_own_script(trained, tmp_path):
+    _, run_dir = trained
+    script = json.loads((run_dir / "config.json").read_text())["script"]
+    bare = without(run_dir, script, tmp_path / "bare")
+    assert not (bare / script).exists()
+    results = evaluate.main(evaluate.Args(bare, watch=True))
+    assert gym.spec("Drift-v0").entry_point.modes[-1] == "human"
+    assert results == evaluate.main(evaluate.Args(run_dir))
+
+
+def test_film(trained, tmp_path, monkeypatch, capsys):
+    """In real time, from the start of the first evaluation episode."""
+    folder, run_dir = trained
+    output = tmp_path / "film.webp"
+    flags = ["--seconds", "1.5", "--frames-per-second", "10", "--size", "32", "--output", output]
+    monkeypatch.chdir(folder)
+    command_line(monkeypatch, capsys, "film.py", run_dir, run_dir, *flags)
+    env = gym.make("Drift-v0")
+    obs, _ = env.reset(seed=10_001)
+    with Image.open(output) as picture:
+        assert picture.size == (64, 32)
+        brightness = np.asarray(picture.convert("L"), float)
+        milliseconds = 0
+        for i in range(picture.n_frames):  # equal frames are one
+            picture.seek(i)
+            picture.load()
+            milliseconds += picture.info["duration"]
+        assert milliseconds == 1500 and picture.n_frames > 5
+    assert brightness == pytest.approx(np.full((32, 64), 128 + 20 * obs[0]), abs=4)
 
 
 class Receiver(gym.Env):

@@ -2,9 +2,11 @@
 
     python utils/evaluate.py benchmark_runs/Hopper-v4__smoothie_continuous__1
     python utils/evaluate.py RUN_DIR --noise 0.2 --episodes 50 --video hopper.mp4
+    python utils/evaluate.py RUN_DIR --watch
 
 By default this repeats the last evaluation of the run exactly, on a machine of the same kind. The
-folder needs the run's policy.pt, config.json and copy of the script.
+folder needs the run's policy.pt and config.json, and its copy of the script if the one in this
+repository has changed since.
 """
 
 import dataclasses
@@ -29,6 +31,7 @@ class Args:
     episodes: int | None = None  # number of episodes; by default that of the run
     noise: float = 0.0  # standard deviation of the noise on the actions, in half their range
     video: Path | None = None  # MP4 file to write, of the first episode
+    watch: bool = False  # show the episodes in a window
 
 
 def load_script(run_dir):
@@ -37,6 +40,8 @@ def load_script(run_dir):
         sys.exit(f"{run_dir}: holds no run (no config.json)")
     config = json.loads((run_dir / "config.json").read_text())
     path = run_dir / config["script"]
+    if not path.exists():
+        path = Path(__file__).parents[1] / config["script"]
     spec = importlib.util.spec_from_file_location(path.stem, path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
@@ -50,6 +55,14 @@ def make_agent(script, env, args):
     torch.set_flush_denormal(True)
     agent_class = script.DDPG if hasattr(script, "DDPG") else script.Smoothie
     return agent_class(env.observation_space.shape[0], env.action_space.shape[0], args)
+
+
+def load_actor(run_dir, script, env, args):
+    """Return the policy of a run, on the device where it was evaluated."""
+    actor = make_agent(script, env, args).actor
+    actor.load_state_dict(torch.load(run_dir / "policy.pt", "cpu", weights_only=True))
+    on_gpu = args.cuda and torch.cuda.is_available()
+    return actor.to("cuda" if on_gpu else "cpu")
 
 
 def add_noise(env, std, seed):
@@ -76,14 +89,12 @@ def main(args):
                 episode_trigger=lambda episode: episode == 0,
             )
         else:
-            env = script.make_env(run_args.env_id)
+            env = script.make_env(run_args.env_id, render_mode="human" if args.watch else None)
         if args.noise:
             env = add_noise(env, args.noise, run_args.seed)
 
-        actor = make_agent(script, env, run_args).actor
-        actor.load_state_dict(torch.load(args.run_dir / "policy.pt", "cpu", weights_only=True))
-        on_gpu = run_args.cuda and torch.cuda.is_available()
-        results = script.evaluate(actor.to("cuda" if on_gpu else "cpu"), env, run_args)
+        actor = load_actor(args.run_dir, script, env, run_args)
+        results = script.evaluate(actor, env, run_args)
         env.close()  # writes the video if there is only one episode
         if args.video:
             (video,) = Path(folder, "videos").glob("*.mp4")

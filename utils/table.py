@@ -92,7 +92,7 @@ def print_summary(data, published, baseline):
     all_runs = [runs for scripts in data.values() for runs in scripts.values()]
     seeds = span([len(runs) for runs in all_runs])
     steps = span([int(run.steps[-1]) for runs in all_runs for run in runs])
-    print(f"### {steps} steps, {seeds} seeds\n")
+    print(f"### {steps} steps, {seeds} seed{'' if seeds == '1' else 's'}\n")
     print_header("", *(LABELS.get(name, name) for name in names), reference)
     public = {task: public_return(task, published) for task in data}
     for task, scripts in data.items():
