@@ -249,13 +249,17 @@ def test_update_in_float32_stays_close(script):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
 def test_compiled_update_is_the_update(script, device):
-    """With the same random numbers, too."""
+    """With the same random numbers, too, and with a float among the values to log."""
     agent = new_agent(script).to(device)
     compiled = new_agent(script).to(device)
     start = weights_of(agent)
+
+    def update_critics(*batch):
+        return compiled.update_critics(*batch) | {"losses/float": 0.5}
+
     updates = agent.update_critics, agent.update_policy
-    compiled_updates = script.compile_updates(compiled.update_critics, compiled.update_policy)
-    assert compiled_updates[0] != compiled.update_critics, "it can be compiled here"
+    compiled_updates = script.compile_updates(update_critics, compiled.update_policy)
+    assert compiled_updates[0] != update_critics, "it can be compiled here"
     for step, batch in enumerate(itertools.islice(draws(script, torch.float32), 60)):
         batch = [part.to(device) for part in batch]
         for update, compiled_update in zip(updates, compiled_updates, strict=True):
@@ -266,14 +270,11 @@ def test_compiled_update_is_the_update(script, device):
             if step == 0:
                 for name, value in expected.items():
                     assert metrics[name].item() == pytest.approx(value.item(), rel=1e-3, abs=1e-4)
+                if update == agent.update_critics:
+                    assert metrics.keys() - expected.keys() == {"losses/float"}
+                    assert metrics["losses/float"] == 0.5
     assert furthest(weights_of(compiled), weights_of(agent)) < 2e-3
     assert furthest(weights_of(compiled), start) > 0.02
-
-
-def test_what_an_update_logs_may_be_a_float():
-    (update,) = smoothie_continuous.compile_updates(lambda x: {"loss": x.sum(), "rate": 0.5})
-    losses = update(torch.ones(8))
-    assert (losses["loss"], losses["rate"]) == (8, 0.5)
 
 
 def test_adam_is_torchs(float64):
