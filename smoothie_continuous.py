@@ -32,7 +32,7 @@ range, everywhere but in the environment.
 """
 # /// script
 # requires-python = ">=3.11,<3.14"
-# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==3.3.7", "numpy==2.4.6",
+# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.3.0", "mujoco==3.3.7", "numpy==2.4.6",
 #     "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1", "wandb==0.31.0", "moviepy==2.2.1"]
 # ///
 

@@ -1,5 +1,6 @@
 """utils: the statistics, and from run folders to figures, tables and evaluations."""
 
+import contextlib
 import csv
 import json
 import math
@@ -431,6 +432,13 @@ def test_film(trained, tmp_path, monkeypatch, capsys):
             milliseconds += picture.info["duration"]
         assert milliseconds == 1500 and picture.n_frames > 5
     assert brightness == pytest.approx(np.full((32, 64), 128 + 20 * obs[0]), abs=4)
+
+
+def test_the_camera_follows_the_robot():
+    """The models' own camera does; the free one, id -1, stays behind."""
+    with contextlib.closing(ddpg_continuous.make_env("Hopper-v4", render_mode="rgb_array")) as env:
+        renderer = env.unwrapped.mujoco_renderer
+        assert renderer.model.camera(renderer.camera_id).name == "track"
 
 
 class Receiver(gym.Env):

@@ -31,7 +31,7 @@ class Args:
     episodes: int | None = None  # number of episodes; by default that of the run
     noise: float = 0.0  # standard deviation of the noise on the actions, in half their range
     video: Path | None = None  # MP4 file to write, of the first episode
-    watch: bool = False  # show the episodes in a window
+    watch: bool = False  # show the episodes in a window; with Tab the camera follows the robot
 
 
 def load_script(run_dir):
