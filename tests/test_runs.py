@@ -297,7 +297,7 @@ def test_readmes_snippet_uses_a_trained_policy(script):
     (snippet,) = re.findall(r"```python\n(import torch\n.*?)```", text, re.S)
     run_dir = run(script)
     snippet = snippet.replace("smoothie_continuous", script.__name__)
-    snippet = snippet.replace("runs/RUN_DIR", str(run_dir))
+    snippet = snippet.replace("policies/Walker2d-v4", str(run_dir))
     snippet = snippet.replace("Walker2d-v4", SHORT["env_id"])
     if script is ddpg_continuous:
         snippet = snippet.replace(", log_var_init=0.0", "").replace("mean, _ = ", "mean = ")

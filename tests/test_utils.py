@@ -392,6 +392,20 @@ def test_evaluate_repeats_the_last_evaluation(trained, monkeypatch, capsys):
         assert f"episode {i}: return {float(value):.2f}, length {length}\n" in output
 
 
+@pytest.mark.parametrize("task", ["Hopper-v4", "Walker2d-v4"])
+def test_the_policies_return_what_their_runs_did(task):
+    """Rounded to 16 bits, each is within the evaluations of the last fifth of its run."""
+    folder = ROOT / "policies" / task
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 400_000
+    run_id = json.loads((folder / "config.json").read_text())["run_id"]
+    configs = (ROOT / "results").rglob("config.json")
+    (run_dir,) = [path.parent for path in configs if run_id in path.read_text()]
+    rows = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1)
+    last_fifth = rows[rows[:, 0] >= 0.8 * rows[-1, 0], 2]
+    returns = [episode_return for episode_return, _ in evaluate.main(evaluate.Args(folder, 2))]
+    assert last_fifth.min() < np.mean(returns) < last_fifth.max()
+
+
 def test_evaluate_with_noise_and_video(trained, tmp_path):
     _, run_dir = trained
     args = evaluate.Args(run_dir, episodes=2, noise=0.2, video=tmp_path / "first.mp4")

@@ -21,7 +21,7 @@ from PIL import Image
 class Args:
     run_dirs: tyro.conf.Positional[tuple[Path, ...]]  # run folders, from left to right
     output: Path = Path("policies.webp")  # the file to write
-    seconds: float = 6.0  # length of the film
+    seconds: float = 5.0  # length of the film
     frames_per_second: int = 20
     size: int = 240  # pixels, width and height of each panel
     quality: int = 50  # of the pictures in a WebP, 0 to 100
@@ -55,7 +55,7 @@ def main(args):
     first, *others = [Image.fromarray(frame) for frame in np.concatenate(panels, axis=2)]
     milliseconds = round(1000 / args.frames_per_second)
     options = {"save_all": True, "append_images": others, "duration": milliseconds, "loop": 0}
-    first.save(args.output, quality=args.quality, **options)
+    first.save(args.output, quality=args.quality, method=4, **options)  # half the size of method 0
     print(f"the film is in {args.output}")
 
 
