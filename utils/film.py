@@ -55,7 +55,7 @@ def main(args):
     first, *others = [Image.fromarray(frame) for frame in np.concatenate(panels, axis=2)]
     milliseconds = round(1000 / args.frames_per_second)
     options = {"save_all": True, "append_images": others, "duration": milliseconds, "loop": 0}
-    first.save(args.output, quality=args.quality, method=4, **options)  # half the size of method 0
+    first.save(args.output, quality=args.quality, method=4, **options)  # half the default's size
     print(f"the film is in {args.output}")
 
 
