@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Train every script on every task with every seed, WORKERS at a time, then draw the figures and
 # write the tables. Each run has a folder and a log in RUNS. Interrupt it at any time and call it
-# again: finished runs are skipped, the others go on from their checkpoints.
+# again: it skips finished runs and resumes the others.
 #
 #   ./benchmark.sh
 #   ENVS="Hopper-v4 Ant-v4" SEEDS="1 2 3" TOTAL_TIMESTEPS=300000 WORKERS=4 ./benchmark.sh
 #   ./benchmark.sh --eval-episodes 5    other flags go to every script
 #   ./benchmark.sh --status             of each run the last evaluation: step and mean return
-#   ./benchmark.sh --dry-run            the commands, one a line, e.g. for Slurm:
+#   ./benchmark.sh --dry-run            the commands, one per line, e.g. for Slurm:
 #
 #   mkdir -p benchmark_runs
 #   ./benchmark.sh --dry-run > commands

@@ -1,7 +1,8 @@
 """DDPG: learn a deterministic policy from a Q-function (Lillicrap et al., ICLR 2016).
 
 The baseline of the Smoothie paper (Nachum et al., ICML 2018), whose equation numbers these are.
-The gradient of the critic in the action gives the gradient of the expected return in the policy:
+The critic's gradient with respect to the action gives the gradient of the expected return with
+respect to the policy's parameters:
 
     grad_theta O = E_s[ dQ/da at mu(s), times grad_theta mu(s) ]                            (6)
 
@@ -11,9 +12,9 @@ Q is learned from replayed (s, a, r, s') with targets r + gamma Q'(s', mu'(s')).
     w           qfs.parameters()      mu_theta          actor(observations)
                                       dQ/da             qf.action_gradient(...)
 
-In E_s, replayed states stand in for the policy's. Actions are in normalised units, half their
-range, everywhere but in the environment. Exploration is an Ornstein-Uhlenbeck process. The second
-critic and the delay of the policy are TD3's (Fujimoto et al., ICML 2018).
+In E_s, replayed states stand in for the policy's. Actions are in normalised units, with bounds at
+-1 and 1, everywhere but in the environment. Exploration is an Ornstein-Uhlenbeck process. The
+second critic and the delay of the policy are TD3's (Fujimoto et al., ICML 2018).
 """
 # /// script
 # requires-python = ">=3.11,<3.14"
@@ -46,7 +47,7 @@ from tqdm import tqdm
 
 LOG_FREQUENCY = 100  # environment steps between two records of the losses
 PACKAGES = ["torch", "gymnasium", "mujoco", "numpy"]  # whose versions are recorded
-MAY_CHANGE = {  # flags that a run may change when it goes on
+MAY_CHANGE = {  # flags that may change when a run resumes
     "total_timesteps",
     "checkpoint_frequency",
     "track",
@@ -66,22 +67,22 @@ class Args:
     track: bool = False  # mirror every logged value to Weights & Biases
     wandb_project_name: str = "smoothie"  # the Weights & Biases project
     capture_video: bool = False  # film the first episode of each evaluation
-    run_dir: str | None = None  # folder of the run; a run goes on from the checkpoint in it
-    checkpoint_frequency: int = 50_000  # least steps between two checkpoints, which need disk space
+    run_dir: str | None = None  # run folder; a run resumes from the checkpoint in it
+    checkpoint_frequency: int = 50_000  # minimum steps between checkpoints, which hold the buffer
 
     env_id: str = "Hopper-v4"  # gymnasium task with bounded Box actions (Section 6.2)
     total_timesteps: int = 1_000_000  # environment steps
-    learning_starts: int = 10_000  # first steps, random and without updates
+    learning_starts: int = 10_000  # initial steps with random actions and no updates
     buffer_size: int = 1_000_000  # transitions that the replay buffer keeps
     batch_size: int = 128  # transitions in each of the two batches of an update
     gamma: float = 0.99  # discount factor (Section 2.1)
     tau: float = 0.005  # rate of the Polyak averages theta', w'
     policy_lr: float = 3e-4  # learning rate of theta, by Adam
     q_lr: float = 1e-3  # learning rate of w, by Adam
-    critics: int = 2  # the target takes the smallest value (TD3, Fujimoto et al., 2018)
-    policy_delay: int = 2  # updates of the critics for each of the policy and the targets (TD3)
-    ou_theta: float = 0.15  # damping of the exploration (Section 6.2); 1 makes it independent
-    ou_sigma: float = 0.1  # noise of the exploration, in normalised units per step (Section 6.2)
+    critics: int = 2  # number of critics; targets take the lowest (TD3, Fujimoto et al., 2018)
+    policy_delay: int = 2  # critic updates per update of the policy and the targets (TD3)
+    ou_theta: float = 0.15  # mean reversion of the noise (Section 6.2); 1 makes it white
+    ou_sigma: float = 0.1  # std of the noise added at each step, in normalised units (Section 6.2)
 
     eval_frequency: int = 5_000  # environment steps between two evaluations of the mean action
     eval_episodes: int = 10  # episodes of each evaluation
@@ -93,9 +94,9 @@ def check(args):
         (0 <= args.gamma <= 1, "--gamma must lie in [0, 1]"),
         (0 < args.tau <= 1, "--tau must lie in (0, 1]"),
         (0 <= args.seed < 2**31, "--seed must lie in [0, 2^31)"),
-        (args.batch_size <= args.buffer_size, "--buffer-size must hold a batch"),
-        (args.batch_size <= args.learning_starts, "--learning-starts must be at least a batch"),
-        (args.learning_starts < args.total_timesteps, "--total-timesteps ends before learning"),
+        (args.batch_size <= args.buffer_size, "--buffer-size is below --batch-size"),
+        (args.batch_size <= args.learning_starts, "--learning-starts is below --batch-size"),
+        (args.learning_starts < args.total_timesteps, "--total-timesteps is <= --learning-starts"),
     ]:
         if not valid:
             sys.exit(problem)
@@ -138,7 +139,7 @@ def make_env(env_id, **kwargs):
 
     def to_bounds(action):
         """Scale an action in normalised units to its bounds, and clip it to them."""
-        action = finite(action, "an action of the policy, whose training has diverged,")
+        action = finite(action, "training has diverged: an action of the policy")
         scaled = bounds.low + 0.5 * (action + 1) * (bounds.high - bounds.low)
         return np.clip(scaled, bounds.low, bounds.high).astype(bounds.dtype)
 
@@ -200,7 +201,7 @@ class QNetwork(nn.Module):
 
         The action enters z = fc2(...) linearly, through the columns w_a of fc2, so the chain rule
         needs only the derivative of gelu(z) = z cdf(z). If you change forward, change this too;
-        check_derivatives names a line that serves any critic.
+        check_derivatives prints a line that works for any critic.
         """
         z = self.hidden(observations, actions)
         cdf = 0.5 * (1 + torch.erf(z / math.sqrt(2)))
@@ -221,8 +222,8 @@ def check_derivatives(qf, obs_dim, action_dim):
 
     exact = torch.func.jacrev(qf, 1)(obs, action)[0]
     found = qf.action_gradient(obs, action)
-    hint = """QNetwork: action_gradient is not that of forward. Change both together, or let
-    action_gradient serve any critic:
+    hint = """QNetwork: action_gradient does not return the gradient of forward.
+    Change both together, or use this line, which works for any critic:
 
         return torch.func.grad(lambda a: self(observations, a).sum())(actions)"""
     torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-9, msg=hint)
@@ -257,9 +258,9 @@ class Adam(nn.Module):
     def __init__(self, params, lr):
         super().__init__()
         self.params = params
-        self.lr = lr
         self.m = nn.ParameterList(map(torch.zeros_like, params)).requires_grad_(False)
         self.v = nn.ParameterList(map(torch.zeros_like, params)).requires_grad_(False)
+        self.register_buffer("lr", torch.tensor(lr))  # for a schedule, call lr.fill_(...)
         self.register_buffer("steps", torch.zeros(()))
 
     @torch.no_grad()
@@ -314,7 +315,7 @@ class DDPG(nn.Module):
         with torch.no_grad():
             next_actions = self.target_actor(next_obs)
             next_values = torch.stack([qf(next_obs, next_actions) for qf in self.target_qfs])
-            not_done = 1 - terminated  # a time limit bootstraps, a termination does not
+            not_done = 1 - terminated  # targets bootstrap at time limits, not at terminations
             targets = rewards + self.args.gamma * not_done * next_values.amin(0)
 
         values = torch.stack([qf(observations, actions) for qf in self.qfs])
@@ -337,15 +338,16 @@ def compile_updates(*updates):
     try:
         torch.compile(torch.sin)(torch.zeros(8))
     except Exception as error:  # no C++ compiler, say
-        print(f"cannot compile: slower updates ({type(error).__name__})", file=sys.stderr)
+        reason = type(error).__name__
+        print(f"cannot compile ({reason}): updates will be slower", file=sys.stderr)
         return updates
-    print("compiling takes a minute, more on a busy machine; --no-compile starts at once")
+    print("the first updates compile for a minute or more; --no-compile avoids this", flush=True)
     torch._dynamo.config.trace_autograd_ops = True  # the gradients belong to the graph
     options = {
         "fallback_random": True,  # the random numbers of the update that is not compiled
         "cpp.use_decompose_tanh": True,  # a faster tanh
         "triton.cudagraphs": True,
-        "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,  # shapes never change
+        "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,  # shapes and flags never change
     }
 
     def compiled(update):
@@ -390,11 +392,11 @@ def start_run(args, task):
     if (run_dir / "config.json").exists():
         old = json.loads((run_dir / "config.json").read_text())
         if old["script"] != config["script"]:
-            sys.exit(f"--run-dir {run_dir}: {old['script']} made this run")
+            sys.exit(f"--run-dir {run_dir}: this run was made by {old['script']}")
         changed = [name for name in asdict(args) if old.get(name) != config[name]]
         fixed = [f"--{name.replace('_', '-')}" for name in changed if name not in MAY_CHANGE]
         if fixed:
-            sys.exit(f"--run-dir {run_dir}: this run has another {', '.join(fixed)}")
+            sys.exit(f"--run-dir {run_dir}: this run used a different {', '.join(fixed)}")
         config["run_id"] = old["run_id"]
     else:
         shutil.copy(__file__, run_dir)
@@ -434,7 +436,7 @@ def evaluate(actor, env, args):
     """Return the undiscounted return and the length of each episode of the mean action."""
     results = []
     for episode in range(args.eval_episodes):
-        obs, _ = env.reset(seed=10_000 + args.seed + episode)
+        obs, _ = env.reset(seed=1_000 * args.seed + episode)
         episode_return = 0.0
         episode_length = 0
         done = False
@@ -472,7 +474,7 @@ def record_evaluation(step, agent, env, args, run_dir, evaluations, writer):
 def log_losses(step, losses, writer):
     for key, value in losses.items():
         if not math.isfinite(value):
-            sys.exit(f"step {step}: {key} is {value}, as training has diverged: try lower rates")
+            sys.exit(f"step {step}: {key} is {value}: training has diverged; try lower rates")
         writer.add_scalar(key, value, step)
 
 
@@ -508,7 +510,7 @@ def load_checkpoint(run_dir, agent, buffer, rng):
     rng.bit_generator.state = json.loads(state["rng"])
     torch.set_rng_state(state["torch_rng"])
     torch.cuda.set_rng_state_all(state["cuda_rng"])
-    print(f"going on from step {state['step']}", flush=True)
+    print(f"resuming from step {state['step']}", flush=True)
     return state["step"], state["evaluations"]
 
 
@@ -532,7 +534,7 @@ def train(args, env, eval_env, run_dir):
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, rng, device)
     start, evaluations = load_checkpoint(run_dir, agent, buffer, rng)
     if start > args.total_timesteps:
-        sys.exit(f"--total-timesteps {args.total_timesteps}: {start} steps are done")
+        sys.exit(f"--total-timesteps {args.total_timesteps}: the run has done {start} steps")
     writer = SummaryWriter(run_dir, purge_step=start + 1 if start else 0)
     flags = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}", start)
@@ -597,7 +599,7 @@ def train(args, env, eval_env, run_dir):
 
 
 def main(args):
-    """Train, or go on with the run in args.run_dir. Return the run folder, a Path."""
+    """Train, or resume the run in args.run_dir. Return the run folder, a Path."""
     check(args)
     with contextlib.closing(make_env(args.env_id)) as env:
         run_dir, config = start_run(args, env.spec.id)
@@ -608,7 +610,7 @@ def main(args):
             try:
                 train(args, env, eval_env, run_dir)
             except KeyboardInterrupt:
-                sys.exit(f"stopped; --run-dir {run_dir} goes on from the last checkpoint")
+                sys.exit(f"stopped; to resume, repeat the command with --run-dir {run_dir}")
     print(f"finished; the results are in {run_dir}")
     return run_dir
 

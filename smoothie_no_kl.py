@@ -5,17 +5,17 @@ with Gaussian noise around it:
 
     Q~(s, a) = E[Q(s, a~)],  a~ ~ N(a, Sigma)                                               (9)
 
-At a = mu(s), its gradient and half its Hessian in the action are the exact gradients of the
-expected return in the mean and the covariance of pi(.|s) = N(mu_theta(s), Sigma_phi). So the
-policy learns how widely to explore:
+At a = mu(s), its gradient and half its Hessian with respect to the action are the exact gradients
+of the expected return with respect to the mean and the covariance of the policy pi(.|s) =
+N(mu_theta(s), Sigma_phi). So the policy learns how widely to explore:
 
     grad_theta O = E_s[ dQ~/da at mu(s), times grad_theta mu(s) ]                          (13)
     grad_phi   O = E_s[ 1/2 d2Q~/da2 at mu(s), times grad_phi Sigma ]                (14), (15)
 
 Q~ is learned from replayed (s, a~, r, s') with targets r + gamma Q~'(s', mu'(s')), fitted at a
 phantom action a such that a~ given a is N(a, Sigma), as the smoothed Bellman equation (12) asks.
-The replayed a~ was drawn from N(m, S), a little wider than the policy. Such a draw is the same
-as a ~ N(m, S - Sigma) followed by a~ ~ N(a, Sigma), so the a behind a given a~ is
+The replayed a~ was drawn from N(m, S), wider than the policy by the factor args.exploration. That
+is the same as a ~ N(m, S - Sigma) followed by a~ ~ N(a, Sigma), so the posterior of a given a~ is
 
     a ~ N(m + (1 - k) (a~ - m), (1 - k) Sigma),  k = Sigma / S
 
@@ -26,8 +26,8 @@ In a near-uniform buffer k is 0 and a ~ N(a~, Sigma), the phantom action of the 
     Sigma_phi   exp(actor.log_var)    dQ~/da, d2Q~/da2  qf.action_derivatives(...)
     w           qfs.parameters()
 
-In E_s, replayed states stand in for the policy's. Actions are in normalised units, half their
-range, everywhere but in the environment.
+In E_s, replayed states stand in for the policy's. Actions are in normalised units, with bounds at
+-1 and 1, everywhere but in the environment.
 """
 # /// script
 # requires-python = ">=3.11,<3.14"
@@ -60,7 +60,7 @@ from tqdm import tqdm
 
 LOG_FREQUENCY = 100  # environment steps between two records of the losses
 PACKAGES = ["torch", "gymnasium", "mujoco", "numpy"]  # whose versions are recorded
-MAY_CHANGE = {  # flags that a run may change when it goes on
+MAY_CHANGE = {  # flags that may change when a run resumes
     "total_timesteps",
     "checkpoint_frequency",
     "track",
@@ -80,25 +80,25 @@ class Args:
     track: bool = False  # mirror every logged value to Weights & Biases
     wandb_project_name: str = "smoothie"  # the Weights & Biases project
     capture_video: bool = False  # film the first episode of each evaluation
-    run_dir: str | None = None  # folder of the run; a run goes on from the checkpoint in it
-    checkpoint_frequency: int = 50_000  # least steps between two checkpoints, which need disk space
+    run_dir: str | None = None  # run folder; a run resumes from the checkpoint in it
+    checkpoint_frequency: int = 50_000  # minimum steps between checkpoints, which hold the buffer
 
     env_id: str = "Hopper-v4"  # gymnasium task with bounded Box actions (Section 6.2)
-    total_timesteps: int = 1_000_000  # environment steps: N of Algorithm 1
-    learning_starts: int = 10_000  # first steps, random and without updates
+    total_timesteps: int = 1_000_000  # environment steps
+    learning_starts: int = 10_000  # initial steps with random actions and no updates
     buffer_size: int = 1_000_000  # transitions that the replay buffer keeps
-    batch_size: int = 128  # transitions in each of the two batches of an update: B
+    batch_size: int = 128  # transitions in each of the two batches of an update
     gamma: float = 0.99  # discount factor (Section 2.1)
     tau: float = 0.005  # rate of the Polyak averages theta', phi', w'
-    policy_lr: float = 3e-4  # learning rate of theta, by Adam: eta_pi of Algorithm 1
-    q_lr: float = 1e-3  # learning rate of w, by Adam: eta_Q of Algorithm 1
-    critics: int = 2  # the target takes the smallest value (TD3, Fujimoto et al., 2018)
-    policy_delay: int = 2  # updates of the critics for each of the policy and the targets (TD3)
-    exploration: float = 1.5  # standard deviation of the actions over the policy's: (S / Sigma)^1/2
-    exact_phantom_actions: bool = True  # without, a ~ N(a~, Sigma) as the paper has it (18)
+    policy_lr: float = 3e-4  # learning rate of theta, by Adam
+    q_lr: float = 1e-3  # learning rate of w, by Adam
+    critics: int = 2  # number of critics; targets take the lowest (TD3, Fujimoto et al., 2018)
+    policy_delay: int = 2  # critic updates per update of the policy and the targets (TD3)
+    exploration: float = 1.5  # std of the actions, as a multiple of the policy's: (S / Sigma)^1/2
+    exact_phantom_actions: bool = True  # if not, a ~ N(a~, Sigma), as in the paper (18)
     log_var_init: float = -3.2  # phi_0, the initial log-variance of each action (Section 6.2)
     log_var_min: float = -20.0  # lower bound on phi
-    log_var_lr: float = 0.03  # learning rate of phi, by gradient ascent, over value_scale: eta_pi
+    log_var_lr: float = 0.03  # learning rate of phi, divided by value_scale; by gradient ascent
 
     eval_frequency: int = 5_000  # environment steps between two evaluations of the mean action
     eval_episodes: int = 10  # episodes of each evaluation
@@ -110,9 +110,10 @@ def check(args):
         (0 <= args.gamma <= 1, "--gamma must lie in [0, 1]"),
         (0 < args.tau <= 1, "--tau must lie in (0, 1]"),
         (0 <= args.seed < 2**31, "--seed must lie in [0, 2^31)"),
-        (args.batch_size <= args.buffer_size, "--buffer-size must hold a batch"),
-        (args.batch_size <= args.learning_starts, "--learning-starts must be at least a batch"),
-        (args.learning_starts < args.total_timesteps, "--total-timesteps ends before learning"),
+        (args.batch_size <= args.buffer_size, "--buffer-size is below --batch-size"),
+        (args.batch_size <= args.learning_starts, "--learning-starts is below --batch-size"),
+        (args.learning_starts < args.total_timesteps, "--total-timesteps is <= --learning-starts"),
+        (args.exploration >= 1, "--exploration is below 1"),
     ]:
         if not valid:
             sys.exit(problem)
@@ -155,7 +156,7 @@ def make_env(env_id, **kwargs):
 
     def to_bounds(action):
         """Scale an action in normalised units to its bounds, and clip it to them."""
-        action = finite(action, "an action of the policy, whose training has diverged,")
+        action = finite(action, "training has diverged: an action of the policy")
         scaled = bounds.low + 0.5 * (action + 1) * (bounds.high - bounds.low)
         return np.clip(scaled, bounds.low, bounds.high).astype(bounds.dtype)
 
@@ -219,7 +220,7 @@ class QNetwork(nn.Module):
 
         The action enters z = fc2(...) linearly, through the columns w_a of fc2, so the chain rule
         needs only the derivatives of gelu(z) = z cdf(z). If you change forward, change this too;
-        check_derivatives names three lines that serve any critic.
+        check_derivatives prints three lines that work for any critic.
         """
         z = self.hidden(observations, actions)
         cdf = 0.5 * (1 + torch.erf(z / math.sqrt(2)))
@@ -243,8 +244,8 @@ def check_derivatives(qf, obs_dim, action_dim):
     hessian = torch.func.hessian(qf, 1)(obs, action)[0, 0, :, 0]
     exact = (gradient, hessian.diagonal().unsqueeze(0))
     found = qf.action_derivatives(obs, action)
-    hint = """QNetwork: action_derivatives are not those of forward. Change both together, or let
-    action_derivatives serve any critic:
+    hint = """QNetwork: action_derivatives does not return the derivatives of forward.
+    Change both together, or use these lines, which work for any critic:
 
         q = lambda s, a: self(s.unsqueeze(0), a.unsqueeze(0)).squeeze()
         hessian = torch.vmap(torch.func.hessian(q, 1))(observations, actions).diagonal(0, 1, 2)
@@ -255,7 +256,8 @@ def check_derivatives(qf, obs_dim, action_dim):
 class ReplayBuffer:
     """The last `capacity` transitions, with the mean m and the variance S that a~ was drawn with.
 
-    a~ is as drawn, not clipped. The variance of a uniform action counts as infinite.
+    a~ is as drawn, not clipped. The variance of a uniform action counts as infinite, which is right
+    away from the bounds.
     """
 
     def __init__(self, capacity, obs_dim, action_dim, rng, device):
@@ -284,9 +286,9 @@ class Adam(nn.Module):
     def __init__(self, params, lr):
         super().__init__()
         self.params = params
-        self.lr = lr
         self.m = nn.ParameterList(map(torch.zeros_like, params)).requires_grad_(False)
         self.v = nn.ParameterList(map(torch.zeros_like, params)).requires_grad_(False)
+        self.register_buffer("lr", torch.tensor(lr))  # for a schedule, call lr.fill_(...)
         self.register_buffer("steps", torch.zeros(()))
 
     @torch.no_grad()
@@ -353,7 +355,7 @@ class Smoothie(nn.Module):
         with torch.no_grad():
             next_actions, _ = self.target_actor(next_obs)
             next_values = torch.stack([qf(next_obs, next_actions) for qf in self.target_qfs])
-            not_done = 1 - terminated  # a time limit bootstraps, a termination does not
+            not_done = 1 - terminated  # targets bootstrap at time limits, not at terminations
             targets = rewards + self.args.gamma * not_done * next_values.amin(0)
             self.value_scale.lerp_(targets.abs().mean(), self.args.tau).clamp_(min=1e-6)
 
@@ -383,15 +385,16 @@ def compile_updates(*updates):
     try:
         torch.compile(torch.sin)(torch.zeros(8))
     except Exception as error:  # no C++ compiler, say
-        print(f"cannot compile: slower updates ({type(error).__name__})", file=sys.stderr)
+        reason = type(error).__name__
+        print(f"cannot compile ({reason}): updates will be slower", file=sys.stderr)
         return updates
-    print("compiling takes a minute, more on a busy machine; --no-compile starts at once")
+    print("the first updates compile for a minute or more; --no-compile avoids this", flush=True)
     torch._dynamo.config.trace_autograd_ops = True  # the gradients belong to the graph
     options = {
         "fallback_random": True,  # the random numbers of the update that is not compiled
         "cpp.use_decompose_tanh": True,  # a faster tanh
         "triton.cudagraphs": True,
-        "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,  # shapes never change
+        "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,  # shapes and flags never change
     }
 
     def compiled(update):
@@ -436,11 +439,11 @@ def start_run(args, task):
     if (run_dir / "config.json").exists():
         old = json.loads((run_dir / "config.json").read_text())
         if old["script"] != config["script"]:
-            sys.exit(f"--run-dir {run_dir}: {old['script']} made this run")
+            sys.exit(f"--run-dir {run_dir}: this run was made by {old['script']}")
         changed = [name for name in asdict(args) if old.get(name) != config[name]]
         fixed = [f"--{name.replace('_', '-')}" for name in changed if name not in MAY_CHANGE]
         if fixed:
-            sys.exit(f"--run-dir {run_dir}: this run has another {', '.join(fixed)}")
+            sys.exit(f"--run-dir {run_dir}: this run used a different {', '.join(fixed)}")
         config["run_id"] = old["run_id"]
     else:
         shutil.copy(__file__, run_dir)
@@ -480,7 +483,7 @@ def evaluate(actor, env, args):
     """Return the undiscounted return and the length of each episode of the mean action."""
     results = []
     for episode in range(args.eval_episodes):
-        obs, _ = env.reset(seed=10_000 + args.seed + episode)
+        obs, _ = env.reset(seed=1_000 * args.seed + episode)
         episode_return = 0.0
         episode_length = 0
         done = False
@@ -519,7 +522,7 @@ def record_evaluation(step, agent, env, args, run_dir, evaluations, writer):
 def log_losses(step, losses, std, writer):
     for key, value in losses.items():
         if not math.isfinite(value):
-            sys.exit(f"step {step}: {key} is {value}, as training has diverged: try lower rates")
+            sys.exit(f"step {step}: {key} is {value}: training has diverged; try lower rates")
         writer.add_scalar(key, value, step)
     for i, std_i in enumerate(std):
         writer.add_scalar(f"policy/std_{i}", std_i, step)
@@ -557,7 +560,7 @@ def load_checkpoint(run_dir, agent, buffer, rng):
     rng.bit_generator.state = json.loads(state["rng"])
     torch.set_rng_state(state["torch_rng"])
     torch.cuda.set_rng_state_all(state["cuda_rng"])
-    print(f"going on from step {state['step']}", flush=True)
+    print(f"resuming from step {state['step']}", flush=True)
     return state["step"], state["evaluations"]
 
 
@@ -581,7 +584,7 @@ def train(args, env, eval_env, run_dir):
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, rng, device)
     start, evaluations = load_checkpoint(run_dir, agent, buffer, rng)
     if start > args.total_timesteps:
-        sys.exit(f"--total-timesteps {args.total_timesteps}: {start} steps are done")
+        sys.exit(f"--total-timesteps {args.total_timesteps}: the run has done {start} steps")
     writer = SummaryWriter(run_dir, purge_step=start + 1 if start else 0)
     flags = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}", start)
@@ -600,10 +603,10 @@ def train(args, env, eval_env, run_dir):
             episode_return = 0.0
             episode_length = 0
 
-        # Act: uniformly at random at first, then by a policy a little wider than N(mu, Sigma).
+        # Act: uniformly at random at first, then by a policy wider than N(mu, Sigma).
         if step <= args.learning_starts:
             action = rng.uniform(-1.0, 1.0, action_dim).astype(np.float32)
-            mean = action
+            mean = action  # any will do, as S is infinite
             std = np.full(action_dim, np.inf, np.float32)
         else:
             mean, std = agent.actor.act(obs)
@@ -648,7 +651,7 @@ def train(args, env, eval_env, run_dir):
 
 
 def main(args):
-    """Train, or go on with the run in args.run_dir. Return the run folder, a Path."""
+    """Train, or resume the run in args.run_dir. Return the run folder, a Path."""
     check(args)
     with contextlib.closing(make_env(args.env_id)) as env:
         run_dir, config = start_run(args, env.spec.id)
@@ -659,7 +662,7 @@ def main(args):
             try:
                 train(args, env, eval_env, run_dir)
             except KeyboardInterrupt:
-                sys.exit(f"stopped; --run-dir {run_dir} goes on from the last checkpoint")
+                sys.exit(f"stopped; to resume, repeat the command with --run-dir {run_dir}")
     print(f"finished; the results are in {run_dir}")
     return run_dir
 

@@ -18,13 +18,13 @@ gradient_flow). The picture compares this path with three methods that learn fro
 The phantom actions are exact, as the buffer keeps the m and the S that each a~ was drawn with:
 
     a~ ~ N(m, S) is the same as a ~ N(m, S - Sigma), then a~ ~ N(a, Sigma): cov(a, a~) = S - Sigma
-    so, with k = Sigma / S and thus cov(a, a~) / S = 1 - k, the a behind a given a~ is normal with
+    so, with k = Sigma / S and thus cov(a, a~) / S = 1 - k, the posterior of a given a~ is normal,
     mean m + (1 - k) (a~ - m)  and  variance (S - Sigma) - (1 - k) (S - Sigma) = (1 - k) Sigma
 
-If S = Sigma, a is always m, which shows no slope: so the behaviour is wider than the policy. If S
-is infinite, a ~ N(a~, Sigma), the phantom action of the paper. Elsewhere that one needs the
-weights 1 / q(a~) of (18). The script prints how it fares without them, with them, and without
-them after uniform actions.
+If S = Sigma, a is always m, which shows no slope: so Smoothie acts with a larger sigma than the
+policy's. If S is infinite, a ~ N(a~, Sigma), the phantom action of the paper. In any other buffer
+that one needs the weights 1 / q(a~) of (18). The script prints how it fares without them, with
+them, and without them after uniform actions.
 """
 # /// script
 # requires-python = ">=3.11,<3.14"
@@ -60,7 +60,7 @@ class Args:
     policy_lr: float = 1.5e-2  # learning rate of mu, by gradient ascent
     log_var_lr: float = 2.25e-2  # learning rate of phi, by gradient ascent
     q_lr: float = 3e-3  # learning rate of the critic, by Adam
-    exploration: float = 1.5  # std of the actions over the policy's; the paper's form and DDPG: 1
+    exploration: float = 1.5  # std of Smoothie's actions, as a multiple of the policy's; others: 1
     max_weight: float = 50.0  # cap on the weights 1 / q(a~) of (18)
 
 
@@ -132,7 +132,7 @@ class QNetwork(nn.Module):
 
 
 def phantom_actions(actions, means, variances, var):
-    """Draw the a behind each a~ ~ N(m, S), such that a~ given a is N(a, var)."""
+    """Draw a given each a~ ~ N(m, S), such that a~ given a is N(a, var)."""
     k = (var / variances).clamp(max=1.0)  # the policy may have widened since
     noise = ((1 - k) * var).sqrt() * torch.randn_like(actions)
     return means + (1 - k) * (actions - means) + noise
@@ -148,7 +148,7 @@ def importance_weights(actions, means, variances, max_weight):
 def train(args, method, uniform=0):
     """Return mu and sigma after each step, (steps, seeds, 2).
 
-    That many uniform actions lie in the buffer before the first step.
+    The buffer starts with `uniform` actions, uniform in [-3, 3].
     """
     torch.manual_seed(args.seed)
     qf = QNetwork(args.seeds)
@@ -156,7 +156,7 @@ def train(args, method, uniform=0):
     mean = torch.full((args.seeds, 1), MODES[0])
     log_var = torch.full((args.seeds, 1), 2 * math.log(STD_INIT))
     path = torch.empty(args.total_timesteps, args.seeds, 2)
-    exploration = args.exploration if method in ("smoothie", "closed form") else 1.0
+    exploration = args.exploration if method == "smoothie" else 1.0
 
     # The buffer holds each a~ with its m and S; a uniform action counts as S = infinity.
     buffer = torch.empty(3, args.seeds, uniform + args.total_timesteps)

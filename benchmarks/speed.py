@@ -1,11 +1,11 @@
-"""Steps a second and memory of our scripts, CleanRL, Stable-Baselines3 and SBX on the same work.
+"""Steps per second and memory of our scripts, CleanRL, Stable-Baselines3 and SBX on the same work.
 
     pip install -r benchmarks/requirements.txt
     git clone https://github.com/vwxyzjn/cleanrl && git -C cleanrl checkout fe8d8a0
     python benchmarks/speed.py --cleanrl cleanrl --output speed.md
 
 Each contestant trains in a process of its own: Walker2d-v4, two hidden layers of 256 units, one
-update of the critics a step, on one core that all of them share. They take turns: each runs a
+critic update per step, on one core that all of them share. They take turns: each runs a
 window of steps while the others wait. The scripts run as they are, with their logging.
 
 The floor replays the matrix products of ddpg_continuous.py's updates, the fewest of all, and steps
@@ -210,7 +210,7 @@ def run(train, algorithm, args, pipe, folder):
 
 
 def measure(trainers, algorithm, args):
-    """Return {name: (steps a second in each window, peak memory in MB)}."""
+    """Return {name: (steps per second in each window, peak memory in MB)}."""
     spawn = multiprocessing.get_context("spawn")
     processes = []
     pipes = {}

@@ -148,7 +148,7 @@ def draws(script, dtype):
         obs, next_obs = normal(2, BATCH, OBS_DIM)
         actions, means, size = normal(3, BATCH, ACTION_DIM)
         batch = [obs, actions, 20 * normal(BATCH), next_obs, (normal(BATCH) > 1).to(dtype)]
-        if hasattr(script.Args, "exploration"):
+        if hasattr(script.Args, "exact_phantom_actions"):
             variances = size.exp()
             variances[::4] = math.inf
             batch += [means, variances]
@@ -249,7 +249,7 @@ def test_update_in_float32_stays_close(script):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
 def test_compiled_update_is_the_update(script, device):
-    """With the same random numbers, too, and with a float among the values to log."""
+    """With the same random numbers, a float among the values to log, and a schedule."""
     agent = new_agent(script).to(device)
     compiled = new_agent(script).to(device)
     start = weights_of(agent)
@@ -262,6 +262,10 @@ def test_compiled_update_is_the_update(script, device):
     assert compiled_updates[0] != update_critics, "it can be compiled here"
     for step, batch in enumerate(itertools.islice(draws(script, torch.float32), 60)):
         batch = [part.to(device) for part in batch]
+        if step == 30:
+            for either in (agent, compiled):
+                either.q_optimizer.lr.mul_(0.1)
+                either.actor_optimizer.lr.mul_(0.1)
         for update, compiled_update in zip(updates, compiled_updates, strict=True):
             torch.manual_seed(step)
             expected = update(*batch)
@@ -494,7 +498,7 @@ def learned_from_the_policys_own_actions(script, a, variance, exploration, **fla
             row += [0.0, behaviour]
         buffer.add(*row)
     for update in range(updates):
-        agent.q_optimizer.lr = 1e-3 * (1 - update / updates)
+        agent.q_optimizer.lr.fill_(1e-3 * (1 - update / updates))
         agent.update_critics(*buffer.sample(128))
     with torch.no_grad():
         states = torch.zeros(len(a), 2)
@@ -676,7 +680,7 @@ def test_18_in_a_uniform_buffer_the_papers_phantom_actions_give_the_convolution(
     for action in rng.uniform(-3.0, 3.0, 20_000):
         buffer.add(np.zeros(2), action, math.sin(2 * action), np.zeros(2), True, action, math.inf)
     for update in range(updates):
-        agent.q_optimizer.lr = 1e-3 * (1 - update / updates)
+        agent.q_optimizer.lr.fill_(1e-3 * (1 - update / updates))
         agent.update_critics(*buffer.sample(128))
 
     a = torch.linspace(-1.2, 1.2, 81).unsqueeze(1)
@@ -786,7 +790,7 @@ def test_a_changed_critic_needs_changed_derivatives(script, monkeypatch):
     with pytest.raises(AssertionError, match="Change both together") as failure:
         script.check_derivatives(deeper, OBS_DIM, ACTION_DIM)
 
-    # The message names lines that serve any critic. There are none for the closed form.
+    # The message names lines that work for any critic. There are none for the closed form.
     lines = re.findall(r"(?m)^ {8}(.*)", str(failure.value))
     assert bool(lines) == (script is not smoothie_closed_form)
     if lines:

@@ -1,4 +1,4 @@
-"""The same command goes on with a run, which then matches an uninterrupted one bit for bit."""
+"""The same command resumes a run, which then matches an uninterrupted one bit for bit."""
 
 import json
 import os
@@ -106,7 +106,7 @@ def test_killed_in_the_middle_of_writing(script, monkeypatch):
     assert_same_run("killed", whole)
 
 
-def test_compiled_run_goes_on():
+def test_a_compiled_run_resumes():
     flags = {"compile": True, "total_timesteps": 250}
     whole = run(smoothie_closed_form, run_dir="whole", **flags)
     run(smoothie_closed_form, run_dir="longer", **flags | {"total_timesteps": 200})
@@ -114,7 +114,7 @@ def test_compiled_run_goes_on():
     assert_same_run("longer", whole)  # episodes of ten steps or less: step 200 ends one
 
 
-def test_ctrl_c_ends_with_one_line_that_says_how_to_go_on():
+def test_ctrl_c_ends_with_one_line_that_says_how_to_resume():
     flags = SHORT | {"total_timesteps": 100_000, "run_dir": "stopped"}
     env = os.environ | {"PYTHONPATH": ROOT}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -124,7 +124,7 @@ def test_ctrl_c_ends_with_one_line_that_says_how_to_go_on():
             break
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
-    assert errors == "stopped; --run-dir stopped goes on from the last checkpoint\n"
+    assert errors == "stopped; to resume, repeat the command with --run-dir stopped\n"
     assert process.returncode == 1
 
 
@@ -151,10 +151,10 @@ def test_a_finished_run_stays_as_it_is_and_can_become_longer():
 @pytest.mark.parametrize(
     ("module", "flags", "sentence"),
     [
-        (smoothie_continuous, {"gamma": 0.98, "seed": 2}, "another --seed, --gamma$"),
-        (smoothie_continuous, {"env_id": "Hopper-v4"}, "another --env-id$"),
-        (ddpg_continuous, {}, "smoothie_continuous.py made this run$"),
-        (smoothie_continuous, {"total_timesteps": 150}, "300 steps are done"),
+        (smoothie_continuous, {"gamma": 0.98, "seed": 2}, "a different --seed, --gamma$"),
+        (smoothie_continuous, {"env_id": "Hopper-v4"}, "a different --env-id$"),
+        (ddpg_continuous, {}, "made by smoothie_continuous.py$"),
+        (smoothie_continuous, {"total_timesteps": 150}, "has done 300 steps"),
     ],
 )
 def test_another_run_in_the_folder_is_refused(module, flags, sentence):
@@ -195,7 +195,7 @@ def test_the_run_folder_says_what_made_the_run():
     assert config["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     copied = (run_dir / "smoothie_continuous.py").read_text()
     assert copied == Path(smoothie_continuous.__file__).read_text()
-    # the copy goes on with its own run
+    # the copy resumes its own run
     words = command(smoothie_continuous, seed=7, run_dir="run", total_timesteps=310)
     words[1] = "run/smoothie_continuous.py"
     result = subprocess.run(words, env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True)

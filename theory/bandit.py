@@ -181,7 +181,7 @@ def fit_weighted(nets, batch):
 
 
 def fit_exact_phantom(nets, batch):
-    """Q~ at exact phantom actions: the a behind a~ ~ N(mean, std^2), see README."""
+    """Q~ at exact phantom actions: a given a~ ~ N(mean, std^2), see README."""
     k = (batch.policy_std / batch.std).square().clamp(max=1)
     center = batch.mean + (1 - k) * (batch.a - batch.mean)
     spread = (1 - k).sqrt() * batch.policy_std

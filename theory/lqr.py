@@ -226,7 +226,7 @@ def square_root(matrix):
 
 
 def exact_phantom(args, b, qf):
-    """(18) at exact phantom actions, the a behind a~: see README.
+    """(18) at exact phantom actions, a given a~: see README.
 
     a ~ N(m + (I - K)(a~ - m), (I - K) Sigma) with K = Sigma S^-1, where a~ ~ N(m, S).
     """
@@ -339,7 +339,7 @@ def compare(args, path):
     """Return the error of Q~_w (updates / 25, seeds) and the multiples (2, seeds).
 
     The error is the root mean square at s ~ N(0, S), a ~ pi(.|s), divided by the deviation of Q~
-    there. The multiples are the learned gradient and Hessian, times the exact ones, before the
+    there. The multiples are the learned gradient and Hessian over the exact ones, before the
     policy moves.
     """
     rng = np.random.default_rng(0)
@@ -395,8 +395,8 @@ def main(args):
         "exact gradient flow": ([], norm(flow_K - best) / norm(best), norm(flow_L) / 2**0.5, style)
     }
     print(
-        "| method | error of Q̃ | gradient, times the exact | Hessian, times the exact "
-        "| final gain error | Σ from the flow |"
+        "| method | error of Q̃ | gradient / exact | Hessian / exact "
+        "| final gain error | error of Σ |"
     )
     print("|---|---|---|---|---|---|")
     for name, method in METHODS.items():

@@ -128,9 +128,9 @@ def phantom(a, noise):
 
 
 def exact_phantom(a, noise, behaviour):
-    """The action behind a ~ N(mu, behaviour).
+    """The posterior phantom action of a ~ N(mu, behaviour).
 
-    From N(mu + (I - K)(a - mu), (I - K) Sigma) with K = Sigma behaviour^-1.
+    It is from N(mu + (I - K)(a - mu), (I - K) Sigma) with K = Sigma behaviour^-1.
     """
     covariance = COVARIANCE.to(a)
     rest = torch.eye(2).to(a) - covariance @ torch.linalg.inv(behaviour)

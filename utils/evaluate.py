@@ -29,7 +29,7 @@ import tyro
 class Args:
     run_dir: tyro.conf.Positional[Path]  # run folder
     episodes: int | None = None  # number of episodes; by default that of the run
-    noise: float = 0.0  # standard deviation of the noise on the actions, in half their range
+    noise: float = 0.0  # std of the noise on the actions, in normalised units: bounds at -1 and 1
     video: Path | None = None  # MP4 file to write, of the first episode
     watch: bool = False  # show the episodes in a window; with Tab the camera follows the robot
 

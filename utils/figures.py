@@ -4,7 +4,7 @@
 
 learning_curves.png has a panel for each task: the return of the mean action, smoothed over the last
 five evaluations. Thin lines are seeds; a bold line is their mean and ends with the shortest run.
-Level lines are public returns of TD3 and SAC.
+Horizontal lines are public returns of TD3 and SAC.
 
 ratios.png shows the mean return of each script over that of the baseline, with 95% intervals. It
 needs two scripts with two seeds each.
@@ -77,7 +77,7 @@ def mean_curve(runs):
 
 
 def draw_public(axis, task, published):
-    """Draw the level lines of a task, whatever its version."""
+    """Draw the horizontal lines of a task, whatever its version."""
     for row in published:
         if row["source"] == PUBLIC_SOURCE and row["algorithm"] in PUBLIC_STYLES:
             if task.startswith(row["task"] + "-"):

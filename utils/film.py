@@ -36,7 +36,7 @@ def film(run_dir, args):
 
     frames = []
     seconds = 0.0  # of simulated time
-    obs, _ = env.reset(seed=10_000 + run_args.seed)
+    obs, _ = env.reset(seed=1_000 * run_args.seed)
     while len(frames) < args.seconds * args.frames_per_second:
         if seconds >= len(frames) / args.frames_per_second:
             frames.append(env.render())

@@ -1,7 +1,7 @@
 """Read run folders, and compute the statistics that figures.py and table.py show.
 
-Both take data folders: any folder with `*/evaluations.csv` and `*/config.json`, one pair a run, so
-benchmark_runs/ itself. To keep these two small files of each run:
+Both take data folders: any folder with `*/evaluations.csv` and `*/config.json`, one pair per run,
+so benchmark_runs/ itself. To keep these two small files of each run:
 
     (cd benchmark_runs && tar -cf - */evaluations.csv */config.json) | tar -xf - -C results/data
 """
@@ -159,7 +159,7 @@ def probability_of_improvement(samples, others):
 def bootstrap_interval(statistic, *arguments, resamples=10_000):
     """Return the 95% percentile bootstrap interval of statistic(*arguments).
 
-    Each argument is a list with one sample a task. The seeds of each are drawn again with
+    Each argument is a list with one sample per task. The seeds of each are drawn again with
     replacement, so the tasks are strata (Agarwal et al., 2021). The ends are nan where a sample
     has a single value.
     """

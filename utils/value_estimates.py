@@ -46,10 +46,10 @@ def policy_and_value(agent, obs):
     """Return the mean and the standard deviation of the action, and the policy's value."""
     observations = torch.as_tensor(obs, dtype=torch.float32)[None]
     qf = agent.qfs[0]
-    if not hasattr(agent.actor, "log_var"):  # DDPG
-        mean = agent.actor(observations)
-        return mean[0].numpy(), 0.0, qf(observations, mean).item()
-    mean, log_var = agent.actor(observations)
+    policy = agent.actor(observations)
+    if not isinstance(policy, tuple):  # DDPG
+        return policy[0].numpy(), 0.0, qf(observations, policy).item()
+    mean, log_var = policy
     if hasattr(qf, "smoothed"):  # the closed form's critic is Q, the others are Q~
         value, _, _ = qf.smoothed(observations, mean, log_var)
     else:
@@ -74,7 +74,7 @@ def compare(args, env, agent, episodes):
     actual = []
     saturated = []
     for episode in range(episodes):
-        obs, _ = env.reset(seed=10_000 + args.seed + episode)
+        obs, _ = env.reset(seed=1_000 * args.seed + episode)
         rewards = []
         done = False
         while not done:
@@ -92,7 +92,7 @@ def compare(args, env, agent, episodes):
 
 
 def main(args):
-    print("| task | script | seed | steps | return | expected | actual | saturated |")
+    print("| task | script | seed | steps | return with noise | expected | actual | saturated |")
     print("|---|---|---|---|---|---|---|---|")
     for run_dir in args.run_dirs:
         run, env, agent, step = load(run_dir)
