@@ -8,8 +8,12 @@ Horizontal lines are public returns of TD3 and SAC.
 
 ratios.png shows the mean return of each script over that of the baseline, with 95% intervals. It
 needs two scripts with two seeds each.
+
+noise.png, drawn from a file of noise.py, shows the return against the noise on the actions: thin
+lines are seeds, bold ones their means with 95% intervals.
 """
 
+import csv
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +23,7 @@ import numpy as np
 import tyro
 from runs import (
     LABELS,
+    TASKS,
     final_returns,
     in_order,
     longest,
@@ -26,6 +31,7 @@ from runs import (
     read_published,
     read_runs,
     span,
+    t_interval,
 )
 
 matplotlib.use("Agg")
@@ -52,6 +58,7 @@ class Args:
     data: tyro.conf.Positional[tuple[Path, ...]] = (Path("results/data"),)  # folders of run folders
     output: Path = Path(".")  # folder for the pictures
     baseline: str = "ddpg_continuous"  # the script that ratios.png compares the others with
+    noise: Path | None = None  # file of noise.py, for noise.png
 
 
 def choose_colors(data):
@@ -67,6 +74,17 @@ def choose_colors(data):
 def smooth(returns):
     """Return the mean of each evaluation and up to WINDOW - 1 before it, (n,)."""
     return np.array([returns[max(0, i + 1 - WINDOW) : i + 1].mean() for i in range(len(returns))])
+
+
+def make_panels(count):
+    """Return a figure and its axes, one for each task."""
+    columns = min(count, 3)
+    rows = math.ceil(count / columns)
+    size = (max(3.4 * columns, 6), 2.7 * rows + 0.8)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axis in axes.flat[count:]:
+        axis.remove()
+    return figure, axes.flat[:count]
 
 
 def mean_curve(runs):
@@ -91,15 +109,10 @@ def learning_curves(data):
     """Return the figure with a panel for each task."""
     colors = choose_colors(data)
     published = read_published(longest(data))
-    columns = min(len(data), 3)
-    rows = math.ceil(len(data) / columns)
-    size = (max(3.4 * columns, 6), 2.7 * rows + 0.8)
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    for axis in axes.flat[len(data) :]:
-        axis.remove()
+    figure, axes = make_panels(len(data))
 
     lines = {}  # of the legend, by label
-    for (task, scripts), axis in zip(data.items(), axes.flat, strict=False):
+    for (task, scripts), axis in zip(data.items(), axes, strict=True):
         for name, runs in reversed(scripts.items()):  # so that the first script ends up on top
             for run in runs:
                 x = run.steps / 1e6
@@ -118,7 +131,8 @@ def learning_curves(data):
     labels = [LABELS.get(name, name) for name in colors]
     labels += [label for label in lines if label not in labels]
     handles = [lines[label] for label in labels]
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(columns, 2), frameon=False)
+    columns = min(len(data), 2)
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
     figure.supxlabel("million environment steps")
     figure.supylabel("return of the mean action")
     return figure
@@ -191,12 +205,58 @@ def ratios(data, baseline):
     return figure
 
 
+def read_noise(path):
+    """Return {task: {exp_name: {seed: [(noise, return)]}}} of a file of noise.py, in order."""
+    data = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            scripts = data.setdefault(row["task"], {})
+            seeds = scripts.setdefault(row["exp_name"], {})
+            point = (float(row["noise"]), float(row["return"]))
+            seeds.setdefault(int(row["seed"]), []).append(point)
+    for task, scripts in data.items():
+        data[task] = {name: scripts[name] for name in in_order(scripts, LABELS)}
+    return {task: data[task] for task in in_order(data, TASKS)}
+
+
+def returns_under_noise(data):
+    """Return the figure with a panel for each task of read_noise."""
+    colors = choose_colors(data)
+    figure, axes = make_panels(len(data))
+    for (task, scripts), axis in zip(data.items(), axes, strict=True):
+        for name, seeds in scripts.items():
+            curves = np.array(list(seeds.values()))  # (seeds, noises, 2)
+            noise = curves[0, :, 0]
+            returns = curves[:, :, 1]
+            for curve in returns:
+                axis.plot(noise, curve, color=colors[name], linewidth=0.6, alpha=0.5)
+            mean = returns.mean(0)
+            low, high = np.array([t_interval(sample) for sample in returns.T]).T
+            label = LABELS.get(name, name)
+            style = {"color": colors[name], "linewidth": 2, "capsize": 3, "label": label}
+            axis.errorbar(noise, mean, [mean - low, high - mean], **style)
+        axis.set_title(f"{task} (seeds: {span([len(seeds) for seeds in scripts.values()])})")
+        axis.grid(alpha=0.25)
+
+    lines = {}  # of the legend, by label
+    for axis in axes:
+        lines |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    labels = [LABELS.get(name, name) for name in colors]
+    handles = [lines[label] for label in labels]
+    columns = min(len(data), 2)
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
+    figure.supxlabel("standard deviation of the noise on the actions, bounds at -1 and 1")
+    figure.supylabel("return")
+    return figure
+
+
 def main(args):
     data = read_runs(args.data)
     args.output.mkdir(parents=True, exist_ok=True)
     figures = {
         "learning_curves.png": learning_curves(data),
         "ratios.png": ratios(data, args.baseline),
+        "noise.png": returns_under_noise(read_noise(args.noise)) if args.noise else None,
     }
     for name, figure in figures.items():
         if figure:

@@ -1,0 +1,58 @@
+"""Print as CSV what the final policies of runs return under Gaussian noise on their actions.
+
+    python utils/noise.py benchmark_runs/*/ > results/noise.csv
+    python utils/figures.py results/data --noise results/noise.csv --output results
+
+The paper maximises the return of the policy with its noise, but evaluations are of the mean action.
+Here the mean action gets noise of several standard deviations, in normalised units: bounds at -1
+and 1. Each return is the mean over 20 episodes, the first of which start like those of the run's
+evaluations.
+"""
+
+import csv
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from evaluate import add_noise, load_actor, load_script
+
+STDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+COLUMNS = ("task", "exp_name", "seed", "noise", "return")
+
+
+@dataclass
+class Args:
+    run_dirs: tyro.conf.Positional[tuple[Path, ...]]  # run folders
+    episodes: int = 20  # episodes for each standard deviation
+
+
+def returns_under_noise(run_dir, episodes):
+    """Return the rows of a run, one for each of STDS."""
+    script, args = load_script(run_dir)
+    args.eval_episodes = episodes
+    rows = []
+    for std in STDS:
+        env = script.make_env(args.env_id)
+        actor = load_actor(run_dir, script, env, args)
+        results = script.evaluate(actor, add_noise(env, std, args.seed), args)
+        env.close()
+        mean_return, _ = np.mean(results, 0)
+        rows.append((env.spec.id, args.exp_name, args.seed, std, mean_return))
+    return rows
+
+
+def main(args):
+    writer = csv.writer(sys.stdout)
+    writer.writerow(COLUMNS)
+    for run_dir in args.run_dirs:
+        writer.writerows(returns_under_noise(run_dir, args.episodes))
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, "")  # so that a run's --env-id my_module:MyTask-v0 finds my_module.py here
+    warnings.filterwarnings("ignore", message=".*is out of date")  # papers use v4
+    main(tyro.cli(Args, description=__doc__))
