@@ -370,6 +370,7 @@ class Smoothie(nn.Module):
             targets = rewards + self.args.gamma * not_done * next_values.amin(0)
             self.value_scale.lerp_(targets.abs().mean(), self.args.tau).clamp_(min=1e-6)
 
+            # The phantom actions, from their posterior; k = 0 gives the paper's.
             _, log_var = self.actor(observations)
             k = (log_var.exp() / variances).clamp(max=1.0) * self.args.exact_phantom_actions
             phantom_means = means + (1 - k) * (actions - means)
