@@ -111,8 +111,7 @@ def test_figure_2_smoothie_escapes_and_narrows(method):
     path = toy.train(args, method)
     assert toy.escaped(path).all()
     assert (path[-1, :, 1] < 0.8 * toy.STD_INIT).all()
-    if method == "closed form":
-        assert (path.median(1).values - toy.gradient_flow(args)).abs().max() < 0.15
+    assert (path.median(1).values - toy.gradient_flow(args)).abs().mean() < 0.05
 
 
 @pytest.mark.parametrize("method", ["ddpg", "paper"])

@@ -5,7 +5,7 @@
 
 The paper maximises the return of the policy with its noise, but evaluations are of the mean action.
 Here the mean action gets noise of several standard deviations, in normalised units: bounds at -1
-and 1. Each return is the mean over 20 episodes, the first of which start like those of the run's
+and 1. Each return is the mean over the episodes, the first of which start like those of the run's
 evaluations.
 """
 
