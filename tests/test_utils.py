@@ -14,6 +14,7 @@ import figures
 import gymnasium as gym
 import imageio.v2 as imageio
 import noise
+import noisy_tasks
 import numpy as np
 import pytest
 import table
@@ -529,6 +530,32 @@ def test_noise_has_the_standard_deviation():
     assert np.allclose(noise.std(0), 0.2, rtol=0.04)
     assert np.allclose(noise.mean(0), 0.0, atol=0.01)
     assert abs(np.corrcoef(noise.T)[0, 1]) < 0.05
+
+
+def test_noisy_tasks(monkeypatch):
+    """Actuators add clipped noise, another for each seed; without it the task is the original."""
+    received = Receiver()
+    env = noisy_tasks.NoisyActions(received)
+    mean = np.array([0.0, 0.9], np.float32)
+    for _ in range(4000):
+        env.step(mean)
+    actions = np.array(received.actions)
+    assert np.isclose(actions[:, 0].std(), 0.3, rtol=0.04)
+    assert np.isclose(actions[:, 0].mean(), 0.0, atol=0.02)
+    assert np.isclose(np.mean(actions[:, 1] == 1.0), 0.369, atol=0.03)  # P(N(0, 1) > 1 / 3)
+    assert actions.max() <= 1.0 and actions.min() >= -1.0
+
+    def rewards(task, seed):
+        env = gym.make(task)
+        env.reset(seed=seed)
+        episode = [env.step(np.zeros(3, np.float32)) for _ in range(20)]
+        return [reward for _, reward, *_ in episode]
+
+    assert rewards("NoisyHopper-v4", 1) == rewards("NoisyHopper-v4", 1)
+    assert rewards("NoisyHopper-v4", 1) != rewards("NoisyHopper-v4", 2)
+    assert rewards("NoisyHopper-v4", 1) != rewards("Hopper-v4", 1)
+    monkeypatch.setattr(noisy_tasks, "STD", 0.0)
+    assert rewards("NoisyHopper-v4", 1) == rewards("Hopper-v4", 1)
 
 
 def test_evaluate_without_a_run(tmp_path):
