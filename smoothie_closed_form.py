@@ -18,16 +18,15 @@ At s = 0 they are gelu, gelu' and gelu''. The policy N(mu_theta(s), Sigma_phi) f
 
     grad_theta O = E_s[ dQ~/da at mu(s), times grad_theta mu(s) ]                          (13)
     grad_phi   O = E_s[ 1/2 d2Q~/da2 at mu(s), times grad_phi Sigma ]                (14), (15)
-    max O_TR = O - lambda E_s[ KL(pi || pi_old) ]                                          (20)
 
 and Q is learned at the replayed actions from targets r + gamma Q~'(s', mu'(s')): (16) with an
-exact expectation. Without the KL penalty, the updates become those of ddpg_continuous.py as Sigma
-goes to 0.
+exact expectation. There is no KL penalty, so the updates become those of ddpg_continuous.py as
+Sigma goes to 0.
 
     theta       the actor's layers    theta', phi', w'  target_actor, target_qfs
     phi         actor.log_var         mu_theta, phi     actor(observations)
     Sigma_phi   exp(actor.log_var)    Q~, dQ~, d2Q~     qf.smoothed(...)
-    w           qfs.parameters()      lambda            args.kl_coef * value_scale
+    w           qfs.parameters()
 
 In E_s, replayed states stand in for the policy's. Actions are in normalised units, with bounds at
 -1 and 1, everywhere but in the environment.
@@ -101,7 +100,6 @@ class Args:
     log_var_init: float = -3.2  # phi_0, the initial log-variance of each action (Section 6.2)
     log_var_min: float = -20.0  # lower bound on phi
     log_var_lr: float = 0.03  # learning rate of phi, divided by value_scale; by gradient ascent
-    kl_coef: float = 1e-3  # weight of the KL penalty; times value_scale it is lambda of (20)
 
     eval_frequency: int = 5_000  # environment steps between two evaluations of the mean action
     eval_episodes: int = 10  # episodes of each evaluation
@@ -306,12 +304,6 @@ class Adam(nn.Module):
             p -= step_size * m / (v.sqrt() + eps * bias2)
 
 
-def kl_divergence(mean, log_var, old_mean, old_log_var):
-    """Mean over the batch of KL(N(mean, exp(log_var)) || N(old_mean, exp(old_log_var))) (20)."""
-    squares = log_var.exp() + (mean - old_mean).square()
-    return 0.5 * (squares / old_log_var.exp() - 1 + old_log_var - log_var).sum(1).mean()
-
-
 class Smoothie(nn.Module):
     """The networks, their optimisers and the update."""
 
@@ -331,7 +323,7 @@ class Smoothie(nn.Module):
         self.register_buffer("value_scale", torch.ones(()))  # running mean of |target|
 
     def update_policy(self, observations, *_):
-        """One step of theta along (13) and of phi along (15), less the gradients of (20).
+        """One step of theta along (13) and of phi along (15).
 
         Then the targets take a step towards the networks. Return what to log.
         """
@@ -339,13 +331,11 @@ class Smoothie(nn.Module):
         mean, log_var = self.actor(observations)
         with torch.no_grad():
             _, gradient, hessian = self.qfs[0].smoothed(observations, mean, log_var)
-            old_mean, old_log_var = self.target_actor(observations)
 
         # gradient and hessian are constants, so that autograd turns these two into (13) and (15)
         in_theta = (gradient * mean).sum(1).mean()
         in_phi = 0.5 * (hessian * log_var.exp()).sum(1).mean()
-        kl = kl_divergence(mean, log_var, old_mean, old_log_var)
-        loss = self.args.kl_coef * self.value_scale * kl - in_theta - in_phi
+        loss = -in_theta - in_phi
 
         *theta_grads, phi_grad = torch.autograd.grad(loss, [*self.theta, phi])
         self.actor_optimizer.step(theta_grads)
@@ -355,7 +345,6 @@ class Smoothie(nn.Module):
         self.update_targets()
         return {
             "losses/actor_loss": loss.detach(),
-            "losses/kl": kl.detach(),
             "losses/hessian": hessian.mean(),
             "losses/value_scale": self.value_scale,
         }

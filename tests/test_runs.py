@@ -507,7 +507,6 @@ def test_same_shared_code():
         assert all(code_of(getattr(module, name)) == expected for module in SMOOTHIES), name
     for name in ("QNetwork", "check_derivatives", "ReplayBuffer", "train"):
         assert code_of(getattr(smoothie_no_kl, name)) == code_of(getattr(first, name)), name
-    assert code_of(smoothie_closed_form.kl_divergence) == code_of(first.kl_divergence)
 
 
 ACTING = r"wider than|by the policy|mean = action|std = np.full|std \*= args|buffer.add"
@@ -534,5 +533,5 @@ def test_scripts_differ_in_few_lines():
         return len(re.findall(r"(?m)^[<>]", diff))
 
     assert 0 < changed_lines(smoothie_continuous, smoothie_no_kl) <= 25
-    assert 0 < changed_lines(smoothie_continuous, smoothie_closed_form) <= 150
+    assert 0 < changed_lines(smoothie_no_kl, smoothie_closed_form) <= 140
     assert 0 < changed_lines(smoothie_no_kl, ddpg_continuous) <= 200
