@@ -108,7 +108,7 @@ def test_killed_in_the_middle_of_writing(script, monkeypatch):
 
 def test_a_compiled_run_resumes():
     flags = {"compile": True, "total_timesteps": 250, "eval_frequency": 51}
-    flags["env_id"] = "tests.fake_envs:Recorder-v0"  # whose episodes of 5 and 7 steps end at 4 * 51
+    flags["env_id"] = "tests.fake_envs:Recorder-v0"  # with episodes of 5 and 7 steps in turn
     whole = run(smoothie_closed_form, run_dir="whole", **flags)
     run(smoothie_closed_form, run_dir="longer", **flags | {"total_timesteps": 204})
     run(smoothie_closed_form, run_dir="longer", **flags)

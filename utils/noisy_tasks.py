@@ -2,8 +2,8 @@
 
     python ddpg_continuous.py --env-id utils.noisy_tasks:NoisyHopper-v4
 
-The agent does not see the noise, so the Q-function of such a task is already smoothed. What an
-action returns here, it returns under noise of 0.3 in the original task.
+The agent does not see the noise, so the Q-function of such a task is already smoothed. A
+policy's return here is its return under noise of 0.3 in the original task.
 """
 
 import gymnasium as gym
