@@ -535,6 +535,7 @@ def test_noise_has_the_standard_deviation():
 def test_noisy_tasks(monkeypatch):
     """Actuators add clipped noise, another for each seed; without it the task is the original."""
     received = Receiver()
+    received.np_random = np.random.default_rng(1)
     env = noisy_tasks.NoisyActions(received)
     mean = np.array([0.0, 0.9], np.float32)
     for _ in range(4000):
