@@ -119,7 +119,9 @@ def test_ctrl_c_ends_with_one_line_that_says_how_to_resume():
     flags = SHORT | {"total_timesteps": 100_000, "run_dir": "stopped"}
     env = os.environ | {"PYTHONPATH": ROOT}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored if the tests run in background
     process = subprocess.Popen(command(smoothie_continuous, **flags), env=env, **pipes)
+    signal.signal(signal.SIGINT, before)
     for line in process.stdout:
         if line.startswith("step 200"):
             break
