@@ -141,7 +141,7 @@ def finite(value, what):
 
 
 def make_env(env_id, **kwargs):
-    """Return the task with observations of one dimension and with actions in [-1, 1]."""
+    """Return the task with observations of one dimension, compressed, and actions in [-1, 1]."""
     try:
         env = gym.make(env_id, **kwargs)
     except gym.error.Error as error:
@@ -161,14 +161,18 @@ def make_env(env_id, **kwargs):
         scaled = bounds.low + 0.5 * (action + 1) * (bounds.high - bounds.low)
         return np.clip(scaled, bounds.low, bounds.high).astype(bounds.dtype)
 
-    def checked_obs(obs):
-        return finite(obs, "an observation of the environment")
+    def compressed(obs):
+        """Return obs, values beyond 10 on a logarithmic scale: Humanoid-v4 has thousands."""
+        obs = finite(obs, "an observation of the environment")
+        excess = np.maximum(np.abs(obs) - 10, 0)
+        return np.clip(obs, -10, 10) + np.copysign(np.log1p(excess), obs)
 
     def checked_reward(reward):
         return finite(reward, "a reward of the environment").item()
 
     env = gym.wrappers.FlattenObservation(env)
-    env = gym.wrappers.TransformObservation(env, checked_obs, env.observation_space)
+    unbounded = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+    env = gym.wrappers.TransformObservation(env, compressed, unbounded)
     env = gym.wrappers.TransformReward(env, checked_reward)
     unit_box = gym.spaces.Box(-1.0, 1.0, bounds.shape, np.float32)
     return gym.wrappers.TransformAction(env, to_bounds, unit_box)
@@ -182,7 +186,6 @@ class Actor(nn.Module):
         self.fc1 = nn.Linear(obs_dim, 256)
         self.fc2 = nn.Linear(256, 256)
         self.fc_mean = nn.Linear(256, action_dim)
-        nn.init.uniform_(self.fc_mean.weight, -3e-3, 3e-3)
         self.log_var = nn.Parameter(torch.full((action_dim,), log_var_init))
 
     def forward(self, observations):
@@ -206,7 +209,6 @@ class QNetwork(nn.Module):
         self.fc1 = nn.Linear(obs_dim, 256)
         self.fc2 = nn.Linear(256 + action_dim, 256)
         self.fc_q = nn.Linear(256, 1)
-        nn.init.uniform_(self.fc_q.weight, -3e-3, 3e-3)
 
     def hidden(self, observations, actions):
         features = torch.relu(self.fc1(observations))

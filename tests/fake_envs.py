@@ -10,6 +10,7 @@ class Recorder(gym.Env):
     """Remembers its seeds and, for each step, the observation before it and the action.
 
     Each reward is 1. Episodes end in turn by a termination (5 steps) and by the time limit (7).
+    The last of the three observations is often beyond 10.
     """
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
@@ -28,13 +29,13 @@ class Recorder(gym.Env):
         self.seeds.append(seed)
         self.episode += 1
         self.step_in_episode = 0
-        self.obs = self.np_random.standard_normal(3)
+        self.obs = self.np_random.standard_normal(3) * [1.0, 1.0, 20.0]
         return self.obs, {}
 
     def step(self, action):
         self.seen.append(self.obs.copy())
         self.received.append(np.array(action))
-        self.obs = self.np_random.standard_normal(3)
+        self.obs = self.np_random.standard_normal(3) * [1.0, 1.0, 20.0]
         self.step_in_episode += 1
         terminated = self.episode % 2 == 0 and self.step_in_episode == 5
         return self.obs, 1.0, terminated, False, {}

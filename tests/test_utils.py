@@ -602,9 +602,9 @@ def test_value_estimates(module):
     is_ddpg = module is ddpg_continuous
     agent = (module.DDPG if is_ddpg else module.Smoothie)(3, 2, args)
     with torch.no_grad():
-        agent.qfs[0].fc_q.weight.abs_().mul_(100)  # so that the value depends on state and action
+        agent.qfs[0].fc_q.weight.abs_().mul_(5)  # so that the value depends on state and action
         agent.qfs[0].fc2.weight[:, -2:].mul_(10)
-        agent.actor.fc_mean.weight.mul_(1000)
+        agent.actor.fc_mean.weight.mul_(50)
         if not is_ddpg:
             agent.actor.log_var.fill_(-2.0)
     env = Ones()
