@@ -94,7 +94,7 @@ class Args:
     tau: float = 0.005  # rate of the Polyak averages theta', phi', w'
     policy_lr: float = 3e-4  # learning rate of theta, by Adam
     q_lr: float = 1e-3  # learning rate of w, by Adam
-    critics: int = 2  # number of critics; targets take the lowest (TD3, Fujimoto et al., 2018)
+    critics: int = 2  # targets take the lowest (TD3, Fujimoto et al., 2018); the policy their mean
     policy_delay: int = 2  # critic updates per update of the policy and the targets (TD3)
     exploration: float = 1.0  # std of the actions, as a multiple of the policy's
     log_var_init: float = -3.2  # phi_0, the initial log-variance of each action (Section 6.2)
@@ -332,7 +332,9 @@ class Smoothie(nn.Module):
         phi = self.actor.log_var
         mean, log_var = self.actor(observations)
         with torch.no_grad():
-            _, gradient, hessian = self.qfs[0].smoothed(observations, mean, log_var)
+            derivatives = [qf.smoothed(observations, mean, log_var)[1:] for qf in self.qfs]
+            gradient = torch.stack([first for first, _ in derivatives]).mean(0)
+            hessian = torch.stack([second for _, second in derivatives]).mean(0)
 
         # gradient and hessian are constants, so that autograd turns these two into (13) and (15)
         in_theta = (gradient * mean).sum(1).mean()

@@ -93,7 +93,7 @@ class Args:
     tau: float = 0.005  # rate of the Polyak averages theta', phi', w'
     policy_lr: float = 3e-4  # learning rate of theta, by Adam
     q_lr: float = 1e-3  # learning rate of w, by Adam
-    critics: int = 2  # number of critics; targets take the lowest (TD3, Fujimoto et al., 2018)
+    critics: int = 2  # targets take the lowest (TD3, Fujimoto et al., 2018); the policy their mean
     policy_delay: int = 2  # critic updates per update of the policy and the targets (TD3)
     exploration: float = 1.5  # std of the actions, as a multiple of the policy's: (S / Sigma)^1/2
     exact_phantom_actions: bool = True  # if not, a ~ N(a~, Sigma), as in the paper (18)
@@ -339,7 +339,9 @@ class Smoothie(nn.Module):
         phi = self.actor.log_var
         mean, log_var = self.actor(observations)
         with torch.no_grad():
-            gradient, hessian = self.qfs[0].action_derivatives(observations, mean)
+            derivatives = [qf.action_derivatives(observations, mean) for qf in self.qfs]
+            gradient = torch.stack([first for first, _ in derivatives]).mean(0)
+            hessian = torch.stack([second for _, second in derivatives]).mean(0)
             old_mean, old_log_var = self.target_actor(observations)
 
         # gradient and hessian are constants, so that autograd turns these two into (13) and (15)

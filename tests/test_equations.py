@@ -106,7 +106,8 @@ class Plain:
 
         def q(action, observation):
             at = (observation.unsqueeze(0), action.unsqueeze(0))
-            return self.value(self.qfs[0], *at, self.actor).squeeze(0)
+            total = sum(self.value(qf, *at, self.actor) for qf in self.qfs)
+            return (total / len(self.qfs)).squeeze(0)
 
         gradient = torch.vmap(torch.func.grad(q))(mean.detach(), observations).detach()
         objective = (gradient * mean).sum(1).mean()
@@ -344,7 +345,7 @@ def test_05_without_covariance_smoothie_is_ddpg(float64, module):
 
 def test_06_deterministic_policy_gradient(float64):
     """(6) is the chain rule through Q(s, mu(s))."""
-    agent = ddpg_continuous.DDPG(OBS_DIM, ACTION_DIM, ddpg_continuous.Args())
+    agent = ddpg_continuous.DDPG(OBS_DIM, ACTION_DIM, ddpg_continuous.Args(critics=1))
     agent.qfs[0] = critic(ddpg_continuous)
     observations = torch.randn(BATCH, OBS_DIM)
     names, parameters = zip(*agent.actor.named_parameters(), strict=True)
@@ -530,7 +531,7 @@ def test_12_the_policys_own_actions_give_the_exact_convolution():
 
 def test_13_and_15_policy_gradients(float64):
     """Each state's Jacobians, written out and averaged."""
-    agent = smoothie_no_kl.Smoothie(OBS_DIM, 3, smoothie_no_kl.Args(log_var_lr=0.2))
+    agent = smoothie_no_kl.Smoothie(OBS_DIM, 3, smoothie_no_kl.Args(log_var_lr=0.2, critics=1))
     agent.qfs[0] = critic(smoothie_no_kl, action_dim=3)
     agent.value_scale.fill_(3.0)
     actor = agent.actor
@@ -615,7 +616,7 @@ def test_14_theorem_1_of_the_closed_form(float64):
 
 def test_15_sigma_stays_within_its_bounds_and_comes_back(float64, monkeypatch, smoothie):
     """Where Q~ is convex phi grows to 0 and no further, and then falls as if never held."""
-    args = smoothie.Args(log_var_lr=0.1, log_var_min=-1.0)
+    args = smoothie.Args(log_var_lr=0.1, log_var_min=-1.0, critics=1)
     agent = smoothie.Smoothie(OBS_DIM, ACTION_DIM, args)
     observations = torch.randn(BATCH, OBS_DIM)
     phi = agent.actor.log_var

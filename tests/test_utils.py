@@ -608,7 +608,7 @@ def test_value_estimates(module):
         if not is_ddpg:
             agent.actor.log_var.fill_(-2.0)
     env = Ones()
-    returns, expected, actual, saturated = value_estimates.compare(args, env, agent, 20)
+    returns, expected, actual, saturated, cosines = value_estimates.compare(args, env, agent, 20)
     assert env.seeds == list(range(3_000, 3_020)), "the starts of the run's evaluations"
     assert returns.tolist() == 10 * [5, 7]
 
@@ -627,6 +627,18 @@ def test_value_estimates(module):
             values = samples.mean(0)
         assert ((torch.tensor(expected) - values).abs() < error).all()
         assert values.std() > 0.1
+        slopes = []
+        for qf in agent.qfs:
+            if module is smoothie_closed_form:
+                slopes.append(qf.smoothed(states, mean, agent.actor.log_var)[1])
+            elif is_ddpg:
+                slopes.append(qf.action_gradient(states, mean))
+            else:
+                slopes.append(qf.action_derivatives(states, mean)[0])
+        products = (slopes[0] * slopes[1]).sum(1)
+        lengths = slopes[0].norm(dim=1) * slopes[1].norm(dim=1)
+        assert np.allclose(cosines, products / lengths, atol=1e-4)
+        assert -0.99 < cosines.mean() < 0.99
         last = torch.tensor(env.obs)[None]
         last_action = agent.actor(last) if is_ddpg else agent.actor(last)[0]
 

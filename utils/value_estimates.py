@@ -7,7 +7,8 @@ without for DDPG, as its critic assumes. `expected` is the first critic's value 
 `actual` the discounted sum of the rewards that follow; both are means over all states. At a time
 limit the critic's own value stands for the rewards to come, which brings the two closer.
 `saturated` is the share of the mean's components beyond 0.97 in absolute value, where the slope of
-the tanh is below 0.06.
+the tanh is below 0.06. `cosine` is that of the angle between the slopes of the first two critics in
+the action, at the mean action; its mean over all states says how well they agree on what to change.
 """
 
 import sys
@@ -41,20 +42,27 @@ def load(run_dir):
     return args, env, agent, state["step"]
 
 
-@torch.no_grad()
-def policy_and_value(agent, obs):
-    """Return the mean and the standard deviation of the action, and the policy's value."""
+def value_at(qf, observations, mean, log_var):
+    """Return a critic's value of the policy, with the noise of Smoothie's, (batch,)."""
+    if hasattr(qf, "smoothed"):  # the closed form's critic is Q, the others are Q~ or DDPG's Q
+        return qf.smoothed(observations, mean, log_var)[0]
+    return qf(observations, mean)
+
+
+def policy_and_critics(agent, obs):
+    """Return the mean and the standard deviation of the action, the first critic's value of the
+    policy, and the cosine of the angle between the slopes of the first two (1 if there is one)."""
     observations = torch.as_tensor(obs, dtype=torch.float32)[None]
-    qf = agent.qfs[0]
-    policy = agent.actor(observations)
-    if not isinstance(policy, tuple):  # DDPG
-        return policy[0].numpy(), 0.0, qf(observations, policy).item()
-    mean, log_var = policy
-    if hasattr(qf, "smoothed"):  # the closed form's critic is Q, the others are Q~
-        value, _, _ = qf.smoothed(observations, mean, log_var)
-    else:
-        value = qf(observations, mean)
-    return mean[0].numpy(), (0.5 * log_var).exp().numpy(), value.item()
+    with torch.no_grad():
+        policy = agent.actor(observations)
+        mean, log_var = policy if isinstance(policy, tuple) else (policy, None)  # DDPG: no noise
+        std = 0.0 if log_var is None else (0.5 * log_var).exp().numpy()
+
+    mean.requires_grad_()
+    values = [value_at(qf, observations, mean, log_var) for qf in agent.qfs]
+    slopes = [torch.autograd.grad(value.sum(), mean)[0] for value in values]
+    cosine = torch.cosine_similarity(slopes[0], slopes[min(1, len(slopes) - 1)])
+    return mean[0].detach().numpy(), std, values[0].item(), cosine.item()
 
 
 def discounted_sums(rewards, gamma, last):
@@ -67,39 +75,42 @@ def discounted_sums(rewards, gamma, last):
 
 def compare(args, env, agent, episodes):
     """Return the return of each episode (episodes,), and for each state the expected value, the
-    actual value and the share of saturated components of the mean, each (states,)."""
+    actual value, the share of saturated components of the mean and the cosine, each (states,)."""
     rng = np.random.default_rng(args.seed)
     returns = []
     expected = []
     actual = []
     saturated = []
+    cosines = []
     for episode in range(episodes):
         obs, _ = env.reset(seed=1_000 * args.seed + episode)
         rewards = []
         done = False
         while not done:
-            mean, std, value = policy_and_value(agent, obs)
+            mean, std, value, cosine = policy_and_critics(agent, obs)
             expected.append(value)
             saturated.append(np.mean(np.abs(mean) > SATURATED))
+            cosines.append(cosine)
             action = mean + std * rng.standard_normal(len(mean), np.float32)
             obs, reward, terminated, truncated, _ = env.step(action)
             rewards.append(reward)
             done = terminated or truncated
-        last = 0.0 if terminated else policy_and_value(agent, obs)[2]
+        last = 0.0 if terminated else policy_and_critics(agent, obs)[2]
         actual += discounted_sums(rewards, args.gamma, last)
         returns.append(sum(rewards))
-    return np.array(returns), np.array(expected), np.array(actual), np.array(saturated)
+    return tuple(map(np.array, (returns, expected, actual, saturated, cosines)))
 
 
 def main(args):
-    print("| task | script | seed | steps | return with noise | expected | actual | saturated |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = "task,script,seed,steps,return with noise,expected,actual,saturated,cosine".split(",")
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for run_dir in args.run_dirs:
         run, env, agent, step = load(run_dir)
-        returns, expected, actual, saturated = compare(run, env, agent, EPISODES)
+        returns, expected, actual, saturated, cosines = compare(run, env, agent, EPISODES)
         cells = [run.env_id, LABELS.get(run.exp_name, run.exp_name), run.seed, f"{step:,}"]
         cells += [f"{np.mean(values):,.0f}" for values in (returns, expected, actual)]
-        print("| " + " | ".join(map(str, cells)) + f" | {saturated.mean():.0%} |", flush=True)
+        cells += [f"{saturated.mean():.0%}", f"{cosines.mean():.2f}"]
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 if __name__ == "__main__":
