@@ -79,7 +79,7 @@ class Args:
     tau: float = 0.005  # rate of the Polyak averages theta', w'
     policy_lr: float = 3e-4  # learning rate of theta, by Adam
     q_lr: float = 1e-3  # learning rate of w, by Adam
-    critics: int = 2  # targets take the lowest (TD3, Fujimoto et al., 2018); the policy their mean
+    critics: int = 2  # targets take the lowest (Fujimoto et al., 2018), the policy takes the mean
     policy_delay: int = 2  # critic updates per update of the policy and the targets (TD3)
     ou_theta: float = 0.15  # mean reversion of the noise (Section 6.2); 1 makes it white
     ou_sigma: float = 0.1  # std of the noise added at each step, in normalised units (Section 6.2)
@@ -144,7 +144,7 @@ def make_env(env_id, **kwargs):
         return np.clip(scaled, bounds.low, bounds.high).astype(bounds.dtype)
 
     def compressed(obs):
-        """Return obs, values beyond 10 on a logarithmic scale: Humanoid-v4 has thousands."""
+        """Return obs with what exceeds 10 on a logarithmic scale: Humanoid-v4 has thousands."""
         obs = finite(obs, "an observation of the environment")
         excess = np.maximum(np.abs(obs) - 10, 0)
         return np.clip(obs, -10, 10) + np.copysign(np.log1p(excess), obs)
@@ -300,8 +300,8 @@ class DDPG(nn.Module):
         """
         mean = self.actor(observations)
         with torch.no_grad():
-            derivatives = [qf.action_gradient(observations, mean) for qf in self.qfs]
-            gradient = torch.stack(derivatives).mean(0)
+            gradients = [qf.action_gradient(observations, mean) for qf in self.qfs]
+            gradient = torch.stack(gradients).mean(0)
 
         # gradient is a constant, so that autograd turns this into (6)
         in_theta = (gradient * mean).sum(1).mean()

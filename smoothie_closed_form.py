@@ -94,7 +94,7 @@ class Args:
     tau: float = 0.005  # rate of the Polyak averages theta', phi', w'
     policy_lr: float = 3e-4  # learning rate of theta, by Adam
     q_lr: float = 1e-3  # learning rate of w, by Adam
-    critics: int = 2  # targets take the lowest (TD3, Fujimoto et al., 2018); the policy their mean
+    critics: int = 2  # targets take the lowest (Fujimoto et al., 2018), the policy takes the mean
     policy_delay: int = 2  # critic updates per update of the policy and the targets (TD3)
     exploration: float = 1.0  # std of the actions, as a multiple of the policy's
     log_var_init: float = -3.2  # phi_0, the initial log-variance of each action (Section 6.2)
@@ -162,7 +162,7 @@ def make_env(env_id, **kwargs):
         return np.clip(scaled, bounds.low, bounds.high).astype(bounds.dtype)
 
     def compressed(obs):
-        """Return obs, values beyond 10 on a logarithmic scale: Humanoid-v4 has thousands."""
+        """Return obs with what exceeds 10 on a logarithmic scale: Humanoid-v4 has thousands."""
         obs = finite(obs, "an observation of the environment")
         excess = np.maximum(np.abs(obs) - 10, 0)
         return np.clip(obs, -10, 10) + np.copysign(np.log1p(excess), obs)
