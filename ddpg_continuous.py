@@ -79,7 +79,7 @@ class Args:
     tau: float = 0.005  # rate of the Polyak averages theta', w'
     policy_lr: float = 3e-4  # learning rate of theta, by Adam
     q_lr: float = 1e-3  # learning rate of w, by Adam
-    critics: int = 2  # targets take the lowest (Fujimoto et al., 2018), the policy takes the mean
+    critics: int = 2  # number of critics: targets take the lowest (TD3), the policy the mean
     policy_delay: int = 2  # critic updates per update of the policy and the targets (TD3)
     ou_theta: float = 0.15  # mean reversion of the noise (Section 6.2); 1 makes it white
     ou_sigma: float = 0.1  # std of the noise added at each step, in normalised units (Section 6.2)
@@ -247,7 +247,7 @@ class ReplayBuffer:
         self.count += 1
 
     def sample(self, batch_size):
-        """Return observations, actions, rewards, next observations, terminated."""
+        """Return the columns that add takes, of rows drawn with replacement: one batch."""
         index = self.rng.integers(min(self.count, len(self.rows)), size=batch_size)
         rows = torch.from_numpy(self.rows[index]).to(self.device)
         obs, actions, rewards, next_obs, terminated = rows.split(self.widths, 1)
@@ -269,12 +269,12 @@ class Adam(nn.Module):
     def step(self, grads, beta1=0.9, beta2=0.999, eps=1e-8):
         self.steps += 1
         bias1 = 1 - torch.exp(self.steps * math.log(beta1))  # beta1 ** steps, compiled faster
-        bias2 = (1 - torch.exp(self.steps * math.log(beta2))).sqrt()
-        step_size = self.lr * bias2 / bias1
+        root_bias2 = (1 - torch.exp(self.steps * math.log(beta2))).sqrt()
+        step_size = self.lr * root_bias2 / bias1
         for p, grad, m, v in zip(self.params, grads, self.m, self.v, strict=True):
             m.lerp_(grad, 1 - beta1)
             v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-            p -= step_size * m / (v.sqrt() + eps * bias2)
+            p -= step_size * m / (v.sqrt() + eps * root_bias2)
 
 
 class DDPG(nn.Module):
@@ -336,10 +336,10 @@ class DDPG(nn.Module):
                 target_p.lerp_(p, self.args.tau)
 
 
-def compile_updates(*updates):
+def compile_updates(device, *updates):
     """Return each update as one compiled graph, on a GPU a CUDA graph."""
     try:
-        torch.compile(torch.sin)(torch.zeros(8))
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
     except Exception as error:  # no C++ compiler, say
         reason = type(error).__name__
         print(f"cannot compile ({reason}): updates will be slower", file=sys.stderr)
@@ -380,7 +380,7 @@ def make_run_dir(name):
 def start_run(args, task):
     """Return the run folder, with the flags and this script in it, and its config.
 
-    A folder that holds a run must have been made by this script with the same flags.
+    Exit if the folder holds a run of another script, or with flags that must not change.
     """
     config = asdict(args) | {"task": task, "script": Path(__file__).name}
     config["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -475,6 +475,7 @@ def record_evaluation(step, agent, env, args, run_dir, evaluations, writer):
 
 
 def log_losses(step, losses, writer):
+    """Write the losses, or exit if one is not finite."""
     for key, value in losses.items():
         if not math.isfinite(value):
             sys.exit(f"step {step}: {key} is {value}: training has diverged; try lower rates")
@@ -532,7 +533,7 @@ def train(args, env, eval_env, run_dir):
     update_critics = agent.update_critics
     update_policy = agent.update_policy
     if args.compile:
-        update_critics, update_policy = compile_updates(update_critics, update_policy)
+        update_critics, update_policy = compile_updates(device, update_critics, update_policy)
 
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, rng, device)
     start, evaluations = load_checkpoint(run_dir, agent, buffer, rng)

@@ -5,14 +5,14 @@ Smoothie follows the gradient and the Hessian of a smoothed critic,
     Q~(s, a) = E[Q(s, a~)],  a~ ~ N(a, Sigma)                                               (9)
 
 which the paper learns from phantom actions. But if the action enters a GELU critic at its last
-hidden layer, Q(s, a) = w.gelu(z) + c with z = W_s e(s) + W_a a + b, then Q~ follows from Q. Around
+hidden layer, Q(s, a) = v.gelu(z) + c with z = W_s e(s) + W_a a + b, then Q~ follows from Q. Around
 a the input of unit j is N(z_j, s_j^2), s_j^2 = sum_i (W_a)_ji^2 Sigma_ii. With the density pdf and
 the distribution function cdf of N(0, 1), r = sqrt(1 + s^2) and x = z / r, the average of gelu over
 it and the first two derivatives of this average in z are
 
-    value  = z cdf(x) + s^2 / r pdf(x)                  Q~(s, a)    = w.value + c
-    first  = cdf(x) + x pdf(x) / r^2                    dQ~/da      = (w * first) W_a
-    second = pdf(x) / r (1 + (1 - x^2) / r^2)           d2Q~/da_i^2 = (w * second) (W_a^2)_i
+    value  = z cdf(x) + s^2 / r pdf(x)                  Q~(s, a)    = v.value + c
+    first  = cdf(x) + x pdf(x) / r^2                    dQ~/da      = (v * first) W_a
+    second = pdf(x) / r (1 + (1 - x^2) / r^2)           d2Q~/da_i^2 = (v * second) (W_a^2)_i
 
 At s = 0 they are gelu, gelu' and gelu''. The policy N(mu_theta(s), Sigma_phi) follows
 
@@ -94,7 +94,7 @@ class Args:
     tau: float = 0.005  # rate of the Polyak averages theta', phi', w'
     policy_lr: float = 3e-4  # learning rate of theta, by Adam
     q_lr: float = 1e-3  # learning rate of w, by Adam
-    critics: int = 2  # targets take the lowest (Fujimoto et al., 2018), the policy takes the mean
+    critics: int = 2  # number of critics: targets take the lowest (TD3), the policy the mean
     policy_delay: int = 2  # critic updates per update of the policy and the targets (TD3)
     exploration: float = 1.0  # std of the actions, as a multiple of the policy's
     log_var_init: float = -3.2  # phi_0, the initial log-variance of each action (Section 6.2)
@@ -195,7 +195,7 @@ class Actor(nn.Module):
 
     @torch.inference_mode()
     def act(self, obs):
-        """Return the mean action and its standard deviation at one observation, NumPy arrays."""
+        """Return the policy's mean and sigma at one observation, NumPy arrays (action_dim,)."""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.fc_mean.bias.device)
         mean, log_var = self(obs)
         return mean.cpu().numpy(), (0.5 * log_var).exp().cpu().numpy()
@@ -225,7 +225,7 @@ class QNetwork(nn.Module):
         one Gaussian. If you change forward, change this too, or learn Q~ from phantom actions.
         """
         z = self.hidden(observations, actions)
-        w = self.fc_q.weight
+        v = self.fc_q.weight
         w_a = self.fc2.weight[:, -actions.shape[1] :]
         s2 = log_var.exp() @ w_a.square().T  # variance of z
         r = (1 + s2).sqrt()
@@ -235,7 +235,7 @@ class QNetwork(nn.Module):
         value = z * cdf + s2 / r * pdf
         first = cdf + x * pdf / (1 + s2)
         second = pdf / r * (1 + (1 - x.square()) / (1 + s2))
-        return self.fc_q(value).squeeze(1), (w * first) @ w_a, (w * second) @ w_a.square()
+        return self.fc_q(value).squeeze(1), (v * first) @ w_a, (v * second) @ w_a.square()
 
 
 def check_derivatives(qf, obs_dim, action_dim):
@@ -276,7 +276,7 @@ class ReplayBuffer:
         self.count += 1
 
     def sample(self, batch_size):
-        """Return observations, actions, rewards, next observations, terminated."""
+        """Return the columns that add takes, of rows drawn with replacement: one batch."""
         index = self.rng.integers(min(self.count, len(self.rows)), size=batch_size)
         rows = torch.from_numpy(self.rows[index]).to(self.device)
         obs, actions, rewards, next_obs, terminated = rows.split(self.widths, 1)
@@ -298,12 +298,12 @@ class Adam(nn.Module):
     def step(self, grads, beta1=0.9, beta2=0.999, eps=1e-8):
         self.steps += 1
         bias1 = 1 - torch.exp(self.steps * math.log(beta1))  # beta1 ** steps, compiled faster
-        bias2 = (1 - torch.exp(self.steps * math.log(beta2))).sqrt()
-        step_size = self.lr * bias2 / bias1
+        root_bias2 = (1 - torch.exp(self.steps * math.log(beta2))).sqrt()
+        step_size = self.lr * root_bias2 / bias1
         for p, grad, m, v in zip(self.params, grads, self.m, self.v, strict=True):
             m.lerp_(grad, 1 - beta1)
             v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-            p -= step_size * m / (v.sqrt() + eps * bias2)
+            p -= step_size * m / (v.sqrt() + eps * root_bias2)
 
 
 class Smoothie(nn.Module):
@@ -356,8 +356,9 @@ class Smoothie(nn.Module):
     def update_critics(self, observations, actions, rewards, next_obs, terminated):
         """One step of w on (16), whose expectation is exact. Return what to log."""
         with torch.no_grad():
-            smoothed_at = (next_obs, *self.target_actor(next_obs))
-            next_values = torch.stack([qf.smoothed(*smoothed_at)[0] for qf in self.target_qfs])
+            next_mean, next_log_var = self.target_actor(next_obs)
+            smoothed = [qf.smoothed(next_obs, next_mean, next_log_var) for qf in self.target_qfs]
+            next_values = torch.stack([value for value, _, _ in smoothed])
             not_done = 1 - terminated  # targets bootstrap at time limits, not at terminations
             targets = rewards + self.args.gamma * not_done * next_values.amin(0)
             self.value_scale.lerp_(targets.abs().mean(), self.args.tau).clamp_(min=1e-6)
@@ -377,10 +378,10 @@ class Smoothie(nn.Module):
                 target_p.lerp_(p, self.args.tau)
 
 
-def compile_updates(*updates):
+def compile_updates(device, *updates):
     """Return each update as one compiled graph, on a GPU a CUDA graph."""
     try:
-        torch.compile(torch.sin)(torch.zeros(8))
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
     except Exception as error:  # no C++ compiler, say
         reason = type(error).__name__
         print(f"cannot compile ({reason}): updates will be slower", file=sys.stderr)
@@ -421,7 +422,7 @@ def make_run_dir(name):
 def start_run(args, task):
     """Return the run folder, with the flags and this script in it, and its config.
 
-    A folder that holds a run must have been made by this script with the same flags.
+    Exit if the folder holds a run of another script, or with flags that must not change.
     """
     config = asdict(args) | {"task": task, "script": Path(__file__).name}
     config["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -517,6 +518,7 @@ def record_evaluation(step, agent, env, args, run_dir, evaluations, writer):
 
 
 def log_losses(step, losses, std, writer):
+    """Write the losses and sigma, or exit if a loss is not finite."""
     for key, value in losses.items():
         if not math.isfinite(value):
             sys.exit(f"step {step}: {key} is {value}: training has diverged; try lower rates")
@@ -576,7 +578,7 @@ def train(args, env, eval_env, run_dir):
     update_critics = agent.update_critics
     update_policy = agent.update_policy
     if args.compile:
-        update_critics, update_policy = compile_updates(update_critics, update_policy)
+        update_critics, update_policy = compile_updates(device, update_critics, update_policy)
 
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, rng, device)
     start, evaluations = load_checkpoint(run_dir, agent, buffer, rng)

@@ -17,7 +17,7 @@ phantom action a such that a~ given a is N(a, Sigma), as the smoothed Bellman eq
 The replayed a~ was drawn from N(m, S), wider than the policy by the factor args.exploration. That
 is the same as a ~ N(m, S - Sigma) followed by a~ ~ N(a, Sigma), so the posterior of a given a~ is
 
-    a ~ N(m + (1 - k) (a~ - m), (1 - k) Sigma),  k = Sigma / S
+    a ~ N(m + (1 - k) (a~ - m), (1 - k) Sigma),  k = Sigma / S, at most 1
 
 In a near-uniform buffer k is 0 and a ~ N(a~, Sigma), the phantom action of the paper (18).
 
@@ -92,7 +92,7 @@ class Args:
     tau: float = 0.005  # rate of the Polyak averages theta', phi', w'
     policy_lr: float = 3e-4  # learning rate of theta, by Adam
     q_lr: float = 1e-3  # learning rate of w, by Adam
-    critics: int = 2  # targets take the lowest (Fujimoto et al., 2018), the policy takes the mean
+    critics: int = 2  # number of critics: targets take the lowest (TD3), the policy the mean
     policy_delay: int = 2  # critic updates per update of the policy and the targets (TD3)
     exploration: float = 1.5  # std of the actions, as a multiple of the policy's: (S / Sigma)^1/2
     exact_phantom_actions: bool = True  # if not, a ~ N(a~, Sigma), as in the paper (18)
@@ -194,7 +194,7 @@ class Actor(nn.Module):
 
     @torch.inference_mode()
     def act(self, obs):
-        """Return the mean action and its standard deviation at one observation, NumPy arrays."""
+        """Return the policy's mean and sigma at one observation, NumPy arrays (action_dim,)."""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.fc_mean.bias.device)
         mean, log_var = self(obs)
         return mean.cpu().numpy(), (0.5 * log_var).exp().cpu().numpy()
@@ -230,9 +230,9 @@ class QNetwork(nn.Module):
         first = cdf + z * pdf  # gelu'
         second = pdf * (2 - z.square())  # gelu''
 
-        w = self.fc_q.weight
+        v = self.fc_q.weight
         w_a = self.fc2.weight[:, -actions.shape[1] :]
-        return (w * first) @ w_a, (w * second) @ w_a.square()
+        return (v * first) @ w_a, (v * second) @ w_a.square()
 
 
 def check_derivatives(qf, obs_dim, action_dim):
@@ -297,12 +297,12 @@ class Adam(nn.Module):
     def step(self, grads, beta1=0.9, beta2=0.999, eps=1e-8):
         self.steps += 1
         bias1 = 1 - torch.exp(self.steps * math.log(beta1))  # beta1 ** steps, compiled faster
-        bias2 = (1 - torch.exp(self.steps * math.log(beta2))).sqrt()
-        step_size = self.lr * bias2 / bias1
+        root_bias2 = (1 - torch.exp(self.steps * math.log(beta2))).sqrt()
+        step_size = self.lr * root_bias2 / bias1
         for p, grad, m, v in zip(self.params, grads, self.m, self.v, strict=True):
             m.lerp_(grad, 1 - beta1)
             v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-            p -= step_size * m / (v.sqrt() + eps * bias2)
+            p -= step_size * m / (v.sqrt() + eps * root_bias2)
 
 
 class Smoothie(nn.Module):
@@ -355,7 +355,7 @@ class Smoothie(nn.Module):
     def update_critics(
         self, observations, actions, rewards, next_obs, terminated, means, variances
     ):
-        """One step of w on the smoothed Bellman error (18). Return what to log."""
+        """One step of w towards (12), by (18) without its weights. Return what to log."""
         with torch.no_grad():
             next_actions, _ = self.target_actor(next_obs)
             next_values = torch.stack([qf(next_obs, next_actions) for qf in self.target_qfs])
@@ -385,10 +385,10 @@ class Smoothie(nn.Module):
                 target_p.lerp_(p, self.args.tau)
 
 
-def compile_updates(*updates):
+def compile_updates(device, *updates):
     """Return each update as one compiled graph, on a GPU a CUDA graph."""
     try:
-        torch.compile(torch.sin)(torch.zeros(8))
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
     except Exception as error:  # no C++ compiler, say
         reason = type(error).__name__
         print(f"cannot compile ({reason}): updates will be slower", file=sys.stderr)
@@ -429,7 +429,7 @@ def make_run_dir(name):
 def start_run(args, task):
     """Return the run folder, with the flags and this script in it, and its config.
 
-    A folder that holds a run must have been made by this script with the same flags.
+    Exit if the folder holds a run of another script, or with flags that must not change.
     """
     config = asdict(args) | {"task": task, "script": Path(__file__).name}
     config["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -525,6 +525,7 @@ def record_evaluation(step, agent, env, args, run_dir, evaluations, writer):
 
 
 def log_losses(step, losses, std, writer):
+    """Write the losses and sigma, or exit if a loss is not finite."""
     for key, value in losses.items():
         if not math.isfinite(value):
             sys.exit(f"step {step}: {key} is {value}: training has diverged; try lower rates")
@@ -584,7 +585,7 @@ def train(args, env, eval_env, run_dir):
     update_critics = agent.update_critics
     update_policy = agent.update_policy
     if args.compile:
-        update_critics, update_policy = compile_updates(update_critics, update_policy)
+        update_critics, update_policy = compile_updates(device, update_critics, update_policy)
 
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, rng, device)
     start, evaluations = load_checkpoint(run_dir, agent, buffer, rng)

@@ -45,7 +45,7 @@ MODES = (-1.0, 1.0)
 HEIGHTS = (0.55, 1.0)
 WIDTH = 0.3
 STD_INIT = 1.0
-MAX_STD = 10.0  # a policy this wide has diverged: it stays there and counts as failed
+MAX_STD = 10.0  # upper bound on sigma: a policy that ends here has diverged and counts as failed
 ROW = "| {:<35} | {:>13} | {:>10} | {:>9} |"  # of the printed table
 
 

@@ -216,10 +216,11 @@ def test_update_is_the_textbook_update(float64, script, critics):
     assert way > 0.02
 
 
-def test_readme_gives_the_covariance_a_state(float64, tmp_path):
+@pytest.mark.parametrize("original", [smoothie_continuous, smoothie_no_kl])
+def test_readme_gives_the_covariance_a_state(original, float64, tmp_path):
     """Sigma_phi(s) by the lines in README: its update is the textbook one, and it trains."""
     (patch,) = re.findall(r"(?s)```diff\n(.*?)```", Path(ROOT, "README.md").read_text())
-    source = Path(smoothie_continuous.__file__).read_text()
+    source = Path(original.__file__).read_text()
     for hunk in re.findall(r"(?m)(?:^-.*\n)+(?:^\+.*\n)*", patch):
         old = "".join(line[1:] + "\n" for line in hunk.splitlines() if line[0] == "-")
         new = "".join(line[1:] + "\n" for line in hunk.splitlines() if line[0] == "+")
@@ -243,6 +244,26 @@ def test_readme_gives_the_covariance_a_state(float64, tmp_path):
     assert std == pytest.approx(3 * [0.2], abs=0.05)
 
 
+def test_policy_update_does_not_depend_on_the_scale_of_rewards(float64, smoothie):
+    """With values and value_scale ten times as large, theta and phi move as before. The values are
+    so large that Adam's eps, which does depend on their scale, plays no part."""
+    agent, scaled = new_agent(smoothie), new_agent(smoothie)
+    for learner, scale in [(agent, 1e6), (scaled, 1e7)]:
+        learner.value_scale *= scale
+        for qf in learner.qfs:
+            qf.fc_q.weight.detach().mul_(scale)
+    start = weights_of(agent)
+    for batch in itertools.islice(draws(smoothie, torch.float64), 20):
+        agent.update_policy(*batch)
+        scaled.update_policy(*batch)
+    after, after_scaled = (
+        {name: value for name, value in weights_of(agent).items() if "actor" in name}
+        for agent in (agent, scaled)
+    )
+    moved = {name: start[name] for name in after}
+    assert furthest(after, after_scaled) < 1e-6 and furthest(after, moved) > 0.01
+
+
 def test_update_in_float32_stays_close(script):
     after_two, after_all, _, way = compare(script, new_agent(script))
     assert after_two < 3e-4 and after_all < 2e-3 and way > 0.02, (after_two, after_all)
@@ -259,7 +280,7 @@ def test_compiled_update_is_the_update(script, device):
         return compiled.update_critics(*batch) | {"losses/float": 0.5}
 
     updates = agent.update_critics, agent.update_policy
-    compiled_updates = script.compile_updates(update_critics, compiled.update_policy)
+    compiled_updates = script.compile_updates(device, update_critics, compiled.update_policy)
     assert compiled_updates[0] != update_critics, "it can be compiled here"
     for step, batch in enumerate(itertools.islice(draws(script, torch.float32), 60)):
         batch = [part.to(device) for part in batch]

@@ -1,6 +1,6 @@
 """The estimators of theory/ against quadrature, autograd, finite differences and exact solutions.
 
-Tests of a numbered equation are named after it: pytest -k test_09.
+Most tests of a numbered equation have it in their names: pytest -k _09.
 """
 
 import ast

@@ -215,7 +215,7 @@ def test_a_folder_without_runs(tmp_path):
 
 
 def test_committed_data_name_their_versions():
-    paths = list((ROOT / "results").glob("data*/*/config.json"))
+    paths = list((ROOT / "results").rglob("config.json"))
     assert paths
     for path in paths:
         config = json.loads(path.read_text())

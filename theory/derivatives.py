@@ -14,8 +14,9 @@ naive policy gradient of Section 3. Their variance grows like 1/sigma^2 and 1/si
 The table gives each row the same number of noisy samples of a task of one step, while Sigma shrinks
 from column to column:
 
-    plain, baseline,        the equations; the baseline is the mean of the other samples
-    antithetic, both
+    plain, baseline         the equations; the baseline is the mean of the other samples
+    antithetic              the equations, with actions in pairs
+    antithetic, baseline    both
     compatible critic       least squares of y on 1, d and d d^T: (22) fitted to values
     closed form             ridge regression of y on GELU features, averaged exactly over the policy
     reparameterisation      E[dr/da] and E[dr/da (S d)^T], if the reward's derivative were known

@@ -37,8 +37,9 @@ def film(run_dir, args):
     frames = []
     seconds = 0.0  # of simulated time
     obs, _ = env.reset(seed=1_000 * run_args.seed)
-    while len(frames) < args.seconds * args.frames_per_second:
-        if seconds >= len(frames) / args.frames_per_second:
+    count = round(args.seconds * args.frames_per_second)
+    while len(frames) < count:
+        while seconds >= len(frames) / args.frames_per_second:  # more than once if steps are long
             frames.append(env.render())
         action = actor.act(obs)
         mean = action[0] if isinstance(action, tuple) else action  # DDPG has no std
@@ -47,7 +48,7 @@ def film(run_dir, args):
         if terminated or truncated:
             obs, _ = env.reset()
     env.close()
-    return np.array(frames)
+    return np.array(frames[:count])
 
 
 def main(args):

@@ -105,9 +105,10 @@ def main(args):
     columns = "task,script,seed,steps,return with noise,expected,actual,saturated,cosine".split(",")
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for run_dir in args.run_dirs:
-        run, env, agent, step = load(run_dir)
-        returns, expected, actual, saturated, cosines = compare(run, env, agent, EPISODES)
-        cells = [run.env_id, LABELS.get(run.exp_name, run.exp_name), run.seed, f"{step:,}"]
+        run_args, env, agent, step = load(run_dir)
+        returns, expected, actual, saturated, cosines = compare(run_args, env, agent, EPISODES)
+        label = LABELS.get(run_args.exp_name, run_args.exp_name)
+        cells = [run_args.env_id, label, run_args.seed, f"{step:,}"]
         cells += [f"{np.mean(values):,.0f}" for values in (returns, expected, actual)]
         cells += [f"{saturated.mean():.0%}", f"{cosines.mean():.2f}"]
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
