@@ -79,7 +79,7 @@ class Args:
     tau: float = 0.005  # rate of the Polyak averages theta', w'
     policy_lr: float = 3e-4  # learning rate of theta, by Adam
     q_lr: float = 1e-3  # learning rate of w, by Adam
-    critics: int = 2  # number of critics: targets take the lowest (TD3), the policy the mean
+    critics: int = 2  # number of critics: targets take the lowest (TD3), the policy takes the mean
     policy_delay: int = 2  # critic updates per update of the policy and the targets (TD3)
     ou_theta: float = 0.15  # mean reversion of the noise (Section 6.2); 1 makes it white
     ou_sigma: float = 0.1  # std of the noise added at each step, in normalised units (Section 6.2)

@@ -94,7 +94,7 @@ class Args:
     tau: float = 0.005  # rate of the Polyak averages theta', phi', w'
     policy_lr: float = 3e-4  # learning rate of theta, by Adam
     q_lr: float = 1e-3  # learning rate of w, by Adam
-    critics: int = 2  # number of critics: targets take the lowest (TD3), the policy the mean
+    critics: int = 2  # number of critics: targets take the lowest (TD3), the policy takes the mean
     policy_delay: int = 2  # critic updates per update of the policy and the targets (TD3)
     exploration: float = 1.0  # std of the actions, as a multiple of the policy's
     log_var_init: float = -3.2  # phi_0, the initial log-variance of each action (Section 6.2)

@@ -252,7 +252,7 @@ def test_policy_update_does_not_depend_on_the_scale_of_rewards(float64, smoothie
         learner.value_scale *= scale
         for qf in learner.qfs:
             qf.fc_q.weight.detach().mul_(scale)
-    start = weights_of(agent)
+    before = weights_of(agent)
     for batch in itertools.islice(draws(smoothie, torch.float64), 20):
         agent.update_policy(*batch)
         scaled.update_policy(*batch)
@@ -260,8 +260,8 @@ def test_policy_update_does_not_depend_on_the_scale_of_rewards(float64, smoothie
         {name: value for name, value in weights_of(agent).items() if "actor" in name}
         for agent in (agent, scaled)
     )
-    moved = {name: start[name] for name in after}
-    assert furthest(after, after_scaled) < 1e-6 and furthest(after, moved) > 0.01
+    before = {name: before[name] for name in after}
+    assert furthest(after, after_scaled) < 1e-6 and furthest(after, before) > 0.01
 
 
 def test_update_in_float32_stays_close(script):

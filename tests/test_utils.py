@@ -479,13 +479,24 @@ def test_evaluate_in_a_window_and_without_the_runs_own_script(trained, tmp_path)
     assert results == evaluate.main(evaluate.Args(run_dir))
 
 
-def test_film(trained, tmp_path, monkeypatch, capsys):
-    """In real time, from the start of the first evaluation episode."""
+@pytest.mark.parametrize("rate", [10, 50])
+def test_film(trained, tmp_path, monkeypatch, capsys, rate):
+    """In real time, from the start of the first evaluation episode. A step takes 0.05 seconds."""
     folder, run_dir = trained
     output = tmp_path / "film.webp"
-    flags = ["--seconds", "1.5", "--frames-per-second", "10", "--size", "32", "--output", output]
+    task = gym.spec("Drift-v0").entry_point
+    task_step = task.step
+    steps = []
+
+    def step(env, action):
+        steps.append(action)
+        return task_step(env, action)
+
+    monkeypatch.setattr(task, "step", step)
+    flags = ["--seconds", "1.5", "--frames-per-second", rate, "--size", "32", "--output", output]
     monkeypatch.chdir(folder)
     command_line(monkeypatch, capsys, "film.py", run_dir, run_dir, *flags)
+    assert len(steps) == pytest.approx(2 * 1.5 * 20, abs=2), "two films"
     env = gym.make("Drift-v0")
     obs, _ = env.reset(seed=1_000)
     with Image.open(output) as picture:
