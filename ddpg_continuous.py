@@ -29,7 +29,6 @@ import importlib.metadata
 import json
 import math
 import re
-import shutil
 import sys
 import time
 import uuid
@@ -89,7 +88,7 @@ class Args:
 
 
 def check(args):
-    """Exit if a flag would silently train nonsense, or if the task cannot be filmed."""
+    """Exit if a flag has a value that makes no sense, or if the task cannot be filmed."""
     for valid, problem in [
         (0 <= args.gamma <= 1, "--gamma must lie in [0, 1]"),
         (0 < args.tau <= 1, "--tau must lie in (0, 1]"),
@@ -134,8 +133,8 @@ def make_env(env_id, **kwargs):
     with np.errstate(over="ignore", invalid="ignore"):
         is_bounded = is_vector and np.isfinite(bounds.high - bounds.low).all()
     if not (is_bounded and env.observation_space.is_np_flattenable):
-        spaces = f"{bounds} and {env.observation_space}"
-        sys.exit(f"--env-id {env_id}: needs a bounded 1-D Box of actions, not {spaces}")
+        needs = "needs a bounded 1-D Box of actions and observations that flatten to a vector"
+        sys.exit(f"--env-id {env_id}: {needs}, not {bounds} and {env.observation_space}")
 
     def to_bounds(action):
         """Scale an action in normalised units to its bounds, and clip it to them."""
@@ -210,9 +209,9 @@ class QNetwork(nn.Module):
         pdf = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
         first = cdf + z * pdf  # gelu'
 
-        w = self.fc_q.weight
+        v = self.fc_q.weight
         w_a = self.fc2.weight[:, -actions.shape[1] :]
-        return (w * first) @ w_a
+        return (v * first) @ w_a
 
 
 def check_derivatives(qf, obs_dim, action_dim):
@@ -401,8 +400,8 @@ def start_run(args, task):
         if fixed:
             sys.exit(f"--run-dir {run_dir}: this run used a different {', '.join(fixed)}")
         config["run_id"] = old["run_id"]
-    else:
-        shutil.copy(__file__, run_dir)
+    if not (run_dir / "checkpoint.pt").exists():  # a run that starts over may have a new script
+        (run_dir / config["script"]).write_bytes(Path(__file__).read_bytes())
     (run_dir / "config.json").write_text(json.dumps(config, indent=2))
     print(f"run folder: {run_dir}", flush=True)
     return run_dir, config
@@ -497,7 +496,7 @@ def save_checkpoint(run_dir, step, agent, buffer, rng, evaluations):
         "rows": torch.from_numpy(buffer.rows[: buffer.count]),
         "rng": json.dumps(rng.bit_generator.state),
         "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all(),
+        "cuda_rng": torch.cuda.get_rng_state_all()[:1],  # of the GPU in use, if any
         "evaluations": evaluations,
     }
     save(state, run_dir / "checkpoint.pt")

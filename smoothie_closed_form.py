@@ -6,15 +6,15 @@ Smoothie follows the gradient and the Hessian of a smoothed critic,
 
 which the paper learns from phantom actions. But if the action enters a GELU critic at its last
 hidden layer, Q(s, a) = v.gelu(z) + c with z = W_s e(s) + W_a a + b, then Q~ follows from Q. Around
-a the input of unit j is N(z_j, s_j^2), s_j^2 = sum_i (W_a)_ji^2 Sigma_ii. With the density pdf and
-the distribution function cdf of N(0, 1), r = sqrt(1 + s^2) and x = z / r, the average of gelu over
+a the input of unit j is N(z_j, t_j^2), t_j^2 = sum_i (W_a)_ji^2 Sigma_ii. With the density pdf and
+the distribution function cdf of N(0, 1), r = sqrt(1 + t^2) and x = z / r, the average of gelu over
 it and the first two derivatives of this average in z are
 
-    value  = z cdf(x) + s^2 / r pdf(x)                  Q~(s, a)    = v.value + c
+    value  = z cdf(x) + t^2 / r pdf(x)                  Q~(s, a)    = v.value + c
     first  = cdf(x) + x pdf(x) / r^2                    dQ~/da      = (v * first) W_a
     second = pdf(x) / r (1 + (1 - x^2) / r^2)           d2Q~/da_i^2 = (v * second) (W_a^2)_i
 
-At s = 0 they are gelu, gelu' and gelu''. The policy N(mu_theta(s), Sigma_phi) follows
+At t = 0 they are gelu, gelu' and gelu''. The policy N(mu_theta(s), Sigma_phi) follows
 
     grad_theta O = E_s[ dQ~/da at mu(s), times grad_theta mu(s) ]                          (13)
     grad_phi   O = E_s[ 1/2 d2Q~/da2 at mu(s), times grad_phi Sigma ]                (14), (15)
@@ -44,7 +44,6 @@ import importlib.metadata
 import json
 import math
 import re
-import shutil
 import sys
 import time
 import uuid
@@ -99,14 +98,14 @@ class Args:
     exploration: float = 1.0  # std of the actions, as a multiple of the policy's
     log_var_init: float = -3.2  # phi_0, the initial log-variance of each action (Section 6.2)
     log_var_min: float = -20.0  # lower bound on phi
-    log_var_lr: float = 0.03  # learning rate of phi, divided by value_scale; by gradient ascent
+    log_var_lr: float = 0.03  # learning rate of phi, by gradient ascent; divided by value_scale
 
     eval_frequency: int = 5_000  # environment steps between two evaluations of the mean action
     eval_episodes: int = 10  # episodes of each evaluation
 
 
 def check(args):
-    """Exit if a flag would silently train nonsense, or if the task cannot be filmed."""
+    """Exit if a flag has a value that makes no sense, or if the task cannot be filmed."""
     for valid, problem in [
         (0 <= args.gamma <= 1, "--gamma must lie in [0, 1]"),
         (0 < args.tau <= 1, "--tau must lie in (0, 1]"),
@@ -152,8 +151,8 @@ def make_env(env_id, **kwargs):
     with np.errstate(over="ignore", invalid="ignore"):
         is_bounded = is_vector and np.isfinite(bounds.high - bounds.low).all()
     if not (is_bounded and env.observation_space.is_np_flattenable):
-        spaces = f"{bounds} and {env.observation_space}"
-        sys.exit(f"--env-id {env_id}: needs a bounded 1-D Box of actions, not {spaces}")
+        needs = "needs a bounded 1-D Box of actions and observations that flatten to a vector"
+        sys.exit(f"--env-id {env_id}: {needs}, not {bounds} and {env.observation_space}")
 
     def to_bounds(action):
         """Scale an action in normalised units to its bounds, and clip it to them."""
@@ -227,14 +226,14 @@ class QNetwork(nn.Module):
         z = self.hidden(observations, actions)
         v = self.fc_q.weight
         w_a = self.fc2.weight[:, -actions.shape[1] :]
-        s2 = log_var.exp() @ w_a.square().T  # variance of z
-        r = (1 + s2).sqrt()
+        t2 = log_var.exp() @ w_a.square().T  # variance of z
+        r = (1 + t2).sqrt()
         x = z / r
         cdf = 0.5 * (1 + torch.erf(x / math.sqrt(2)))
         pdf = torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi)
-        value = z * cdf + s2 / r * pdf
-        first = cdf + x * pdf / (1 + s2)
-        second = pdf / r * (1 + (1 - x.square()) / (1 + s2))
+        value = z * cdf + t2 / r * pdf
+        first = cdf + x * pdf / (1 + t2)
+        second = pdf / r * (1 + (1 - x.square()) / (1 + t2))
         return self.fc_q(value).squeeze(1), (v * first) @ w_a, (v * second) @ w_a.square()
 
 
@@ -443,8 +442,8 @@ def start_run(args, task):
         if fixed:
             sys.exit(f"--run-dir {run_dir}: this run used a different {', '.join(fixed)}")
         config["run_id"] = old["run_id"]
-    else:
-        shutil.copy(__file__, run_dir)
+    if not (run_dir / "checkpoint.pt").exists():  # a run that starts over may have a new script
+        (run_dir / config["script"]).write_bytes(Path(__file__).read_bytes())
     (run_dir / "config.json").write_text(json.dumps(config, indent=2))
     print(f"run folder: {run_dir}", flush=True)
     return run_dir, config
@@ -542,7 +541,7 @@ def save_checkpoint(run_dir, step, agent, buffer, rng, evaluations):
         "rows": torch.from_numpy(buffer.rows[: buffer.count]),
         "rng": json.dumps(rng.bit_generator.state),
         "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all(),
+        "cuda_rng": torch.cuda.get_rng_state_all()[:1],  # of the GPU in use, if any
         "evaluations": evaluations,
     }
     save(state, run_dir / "checkpoint.pt")

@@ -42,7 +42,6 @@ import importlib.metadata
 import json
 import math
 import re
-import shutil
 import sys
 import time
 import uuid
@@ -98,14 +97,14 @@ class Args:
     exact_phantom_actions: bool = True  # if not, a ~ N(a~, Sigma), as in the paper (18)
     log_var_init: float = -3.2  # phi_0, the initial log-variance of each action (Section 6.2)
     log_var_min: float = -20.0  # lower bound on phi
-    log_var_lr: float = 0.03  # learning rate of phi, divided by value_scale; by gradient ascent
+    log_var_lr: float = 0.03  # learning rate of phi, by gradient ascent; divided by value_scale
 
     eval_frequency: int = 5_000  # environment steps between two evaluations of the mean action
     eval_episodes: int = 10  # episodes of each evaluation
 
 
 def check(args):
-    """Exit if a flag would silently train nonsense, or if the task cannot be filmed."""
+    """Exit if a flag has a value that makes no sense, or if the task cannot be filmed."""
     for valid, problem in [
         (0 <= args.gamma <= 1, "--gamma must lie in [0, 1]"),
         (0 < args.tau <= 1, "--tau must lie in (0, 1]"),
@@ -151,8 +150,8 @@ def make_env(env_id, **kwargs):
     with np.errstate(over="ignore", invalid="ignore"):
         is_bounded = is_vector and np.isfinite(bounds.high - bounds.low).all()
     if not (is_bounded and env.observation_space.is_np_flattenable):
-        spaces = f"{bounds} and {env.observation_space}"
-        sys.exit(f"--env-id {env_id}: needs a bounded 1-D Box of actions, not {spaces}")
+        needs = "needs a bounded 1-D Box of actions and observations that flatten to a vector"
+        sys.exit(f"--env-id {env_id}: {needs}, not {bounds} and {env.observation_space}")
 
     def to_bounds(action):
         """Scale an action in normalised units to its bounds, and clip it to them."""
@@ -450,8 +449,8 @@ def start_run(args, task):
         if fixed:
             sys.exit(f"--run-dir {run_dir}: this run used a different {', '.join(fixed)}")
         config["run_id"] = old["run_id"]
-    else:
-        shutil.copy(__file__, run_dir)
+    if not (run_dir / "checkpoint.pt").exists():  # a run that starts over may have a new script
+        (run_dir / config["script"]).write_bytes(Path(__file__).read_bytes())
     (run_dir / "config.json").write_text(json.dumps(config, indent=2))
     print(f"run folder: {run_dir}", flush=True)
     return run_dir, config
@@ -549,7 +548,7 @@ def save_checkpoint(run_dir, step, agent, buffer, rng, evaluations):
         "rows": torch.from_numpy(buffer.rows[: buffer.count]),
         "rng": json.dumps(rng.bit_generator.state),
         "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all(),
+        "cuda_rng": torch.cuda.get_rng_state_all()[:1],  # of the GPU in use, if any
         "evaluations": evaluations,
     }
     save(state, run_dir / "checkpoint.pt")

@@ -22,9 +22,9 @@ The phantom actions are exact, as the buffer keeps the m and the S that each a~ 
     mean m + (1 - k) (a~ - m)  and  variance (S - Sigma) - (1 - k) (S - Sigma) = (1 - k) Sigma
 
 If S = Sigma, a is always m, which shows no slope: so Smoothie acts with a larger sigma than the
-policy's. If S is infinite, a ~ N(a~, Sigma), the phantom action of the paper. In any other buffer
-that one needs the weights 1 / q(a~) of (18). The script prints how it fares without them, with
-them, and without them after uniform actions.
+policy's. If S is infinite, a ~ N(a~, Sigma), the phantom action of the paper. If S is finite, that
+one needs the weights 1 / q(a~) of (18). The script prints how it does without them, with them, and
+without them when the buffer starts with uniform actions.
 """
 # /// script
 # requires-python = ">=3.11,<3.14"

@@ -206,6 +206,17 @@ def test_the_run_folder_says_what_made_the_run():
     assert load("run/checkpoint.pt")["step"] == 310
 
 
+def test_a_run_that_starts_over_keeps_the_new_script():
+    run_dir = run(smoothie_continuous, run_dir="run")
+    copied = run_dir / "smoothie_continuous.py"
+    copied.write_text("# mine")
+    run(smoothie_continuous, run_dir="run")
+    assert copied.read_text() == "# mine"  # of what made the checkpoint
+    (run_dir / "checkpoint.pt").unlink()
+    run(smoothie_continuous, run_dir="run")
+    assert copied.read_text() == Path(smoothie_continuous.__file__).read_text()
+
+
 def test_start_in_a_process_of_its_own_says_where_the_results_are():
     result = start(smoothie_continuous)
     assert (result.returncode, result.stderr) == (0, "")

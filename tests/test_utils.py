@@ -135,11 +135,11 @@ def test_bootstrap_interval():
     ends = bootstrap_interval(interquartile_mean, [sample])
     assert np.allclose(ends, expected, atol=0.1 * np.ptp(expected))
 
-    two_tasks = [np.array([0.0, 0.0]), np.array([1.0, 1.0])]
+    two_tasks = [np.zeros(3), np.ones(3)]
     assert bootstrap_interval(interquartile_mean, two_tasks).tolist() == [0.5, 0.5]
-    better, worse = [np.array([3.0, 4.0])], [np.array([1.0, 2.0])]
+    better, worse = [np.array([3.0, 4.0, 5.0])], [np.array([0.0, 1.0, 2.0])]
     assert bootstrap_interval(probability_of_improvement, better, worse).tolist() == [1.0, 1.0]
-    assert np.isnan(bootstrap_interval(interquartile_mean, [np.array([1.0])])).all()
+    assert np.isnan(bootstrap_interval(interquartile_mean, [np.array([1.0, 2.0])])).all()
 
 
 def test_t_interval():
@@ -252,7 +252,7 @@ def test_table(tmp_path, monkeypatch, capsys):
 
     start = lines.index("### 5,000 to 10,000 steps, 1 to 3 seeds")
     summary = lines[start + 2 : start + 7]
-    assert summary[0] == "|  | Smoothie | DDPG | mine | TD3 (Tianshou, v3) |"
+    assert summary[0] == "|  | Smoothie | DDPG | mine | TD3 (Tianshou, v3) at 100,000 steps |"
     assert summary[2] == "| Hopper-v4 | 800 ± 265 | 300 ± 265 | 450 | 549 ± 235 |"
     assert summary[3].startswith("| interquartile mean of return / TD3's return | 1.46 (")
     assert summary[3].endswith("| 0.82 |  |")  # with three seeds or one, the mean

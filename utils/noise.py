@@ -5,8 +5,8 @@
 
 The paper maximises the return of the policy with its noise, but evaluations are of the mean action.
 Here the mean action gets noise of several standard deviations, in normalised units: bounds at -1
-and 1. Each return is the mean over the episodes, the first of which start like those of the run's
-evaluations.
+and 1. Each return is the mean over the episodes; the first of them start where the run's
+evaluations do.
 """
 
 import csv
@@ -33,14 +33,14 @@ def returns_under_noise(run_dir, episodes):
     """Return the rows of a run, one for each of STDS."""
     script, args = load_script(run_dir)
     args.eval_episodes = episodes
+    env = script.make_env(args.env_id)
+    actor = load_actor(run_dir, script, env, args)
     rows = []
     for std in STDS:
-        env = script.make_env(args.env_id)
-        actor = load_actor(run_dir, script, env, args)
         results = script.evaluate(actor, add_noise(env, std, args.seed), args)
-        env.close()
         mean_return, _ = np.mean(results, 0)
         rows.append((env.spec.id, args.exp_name, args.seed, std, mean_return))
+    env.close()
     return rows
 
 

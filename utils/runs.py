@@ -160,10 +160,10 @@ def bootstrap_interval(statistic, *arguments, resamples=10_000):
     """Return the 95% percentile bootstrap interval of statistic(*arguments).
 
     Each argument is a list with one sample per task. The seeds of each are drawn again with
-    replacement, so the tasks are strata (Agarwal et al., 2021). The ends are nan where a sample
-    has a single value.
+    replacement, so the tasks are strata (Agarwal et al., 2021). With few seeds it is too narrow.
+    The ends are nan where a sample has fewer than three values.
     """
-    if min(len(sample) for samples in arguments for sample in samples) < 2:
+    if min(len(sample) for samples in arguments for sample in samples) < 3:
         return np.full(2, np.nan)
     rng = np.random.default_rng(0)
     resampled = [

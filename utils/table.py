@@ -7,8 +7,9 @@ the mean action. Spreads are standard deviations over seeds. `area` is the mean 
 evaluations, the area under the learning curve. `swings` is the mean absolute change from one
 evaluation to the next, over the mean return. Intervals are 95% intervals: of a mean Student's t, of
 a difference Welch's t, in the last two rows of the summary a bootstrap over seeds (Agarwal et al.,
-2021). Published returns are from utils/published.csv, where `last fifth` is the same statistic,
-computed from public data of each seed.
+2021), which is too narrow with few seeds and takes the published return as exact. Published returns
+are from utils/published.csv, where `last fifth` is the same statistic, computed from public data of
+each seed.
 """
 
 from dataclasses import dataclass
@@ -88,7 +89,8 @@ def public_return(task, published):
 
 def print_summary(data, published, baseline):
     names = in_order(set().union(*data.values()), LABELS)
-    reference = f"{PUBLIC['algorithm']} ({PUBLIC['source']}, {PUBLIC['version']})"
+    public_steps = f"{int(published[0]['steps']):,} steps"
+    reference = f"{PUBLIC['algorithm']} ({PUBLIC['source']}, {PUBLIC['version']}) at {public_steps}"
     all_runs = [runs for scripts in data.values() for runs in scripts.values()]
     seeds = span([len(runs) for runs in all_runs])
     steps = span([int(run.steps[-1]) for runs in all_runs for run in runs])

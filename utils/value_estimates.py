@@ -1,6 +1,6 @@
 """Print as Markdown what the critics of runs expect, and what their policies get.
 
-    python utils/value_estimates.py benchmark_runs/Hopper-v4__*
+    python utils/value_estimates.py benchmark_runs/Hopper-v4__*/
 
 Each run's policy acts for ten episodes from the starts of its evaluations: with noise for Smoothie,
 without for DDPG, as its critic assumes. `expected` is the first critic's value of the policy,
@@ -102,7 +102,7 @@ def compare(args, env, agent, episodes):
 
 
 def main(args):
-    columns = "task,script,seed,steps,return with noise,expected,actual,saturated,cosine".split(",")
+    columns = "task,script,seed,steps,return,expected,actual,saturated,cosine".split(",")
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for run_dir in args.run_dirs:
         run_args, env, agent, step = load(run_dir)
