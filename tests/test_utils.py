@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import math
+import re
 import runpy
 import shutil
 import sys
@@ -251,13 +252,24 @@ def test_table(tmp_path, monkeypatch, capsys):
     )
 
     start = lines.index("### 5,000 to 10,000 steps, 1 to 3 seeds")
-    summary = lines[start + 2 : start + 7]
-    assert summary[0] == "|  | Smoothie | DDPG | mine | TD3 (Tianshou, v3) at 100,000 steps |"
-    assert summary[2] == "| Hopper-v4 | 800 ± 265 | 300 ± 265 | 450 | 549 ± 235 |"
-    assert summary[3].startswith("| interquartile mean of return / TD3's return | 1.46 (")
-    assert summary[3].endswith("| 0.82 |  |")  # with three seeds or one, the mean
+    header, _, smoothie, ddpg, mine, td3 = lines[start + 2 : start + 8]
+    columns = "interquartile mean of return / TD3's return | probability of a higher return than"
+    assert header == f"|  | Hopper-v4 | {columns} DDPG |"
     # 600, 700 and 1,100 against 100, 200 and 600: all pairs are higher but a tie
-    assert summary[4].startswith("| probability of a higher return than DDPG | 0.94 (")
+    assert re.fullmatch(
+        r"\| \*\*Smoothie\*\* \| 800 ± 265 \| 1.46 \(.*\) \| 0.94 \(.*\) \|", smoothie
+    )
+    assert re.fullmatch(r"\| \*\*DDPG\*\* \| 300 ± 265 \| 0.55 \(.*\) \|  \|", ddpg)
+    assert mine == "| **mine** | 450 | 0.82 | 0.67 |"  # with three seeds or one, the mean
+    assert td3 == "| TD3, Tianshou (v3, 100,000 steps) | 549 ± 235 |  |  |"
+
+
+def test_the_summary_compares_only_what_ran_on_every_task(tmp_path, monkeypatch, capsys):
+    for task in ("Hopper-v4", "Ant-v4"):
+        write_run(tmp_path, [0.0, 300.0], task)
+    write_run(tmp_path, [0.0, 450.0], script="mine")
+    lines = command_line(monkeypatch, capsys, "table.py", tmp_path).splitlines()
+    assert "| **mine** | 450 |  |  |  |" in lines
 
 
 def trailing_mean(values):

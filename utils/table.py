@@ -6,7 +6,7 @@ The return of a run is the mean return of its evaluations in the last fifth of i
 the mean action. Spreads are standard deviations over seeds. `area` is the mean return of all
 evaluations, the area under the learning curve. `swings` is the mean absolute change from one
 evaluation to the next, over the mean return. Intervals are 95% intervals: of a mean Student's t, of
-a difference Welch's t, in the last two rows of the summary a bootstrap over seeds (Agarwal et al.,
+a difference Welch's t, in the last two columns of the summary a bootstrap over seeds (Agarwal et al.,
 2021), which is too narrow with few seeds and takes the published return as exact. Published returns
 are from utils/published.csv, where `last fifth` is the same statistic, computed from public data of
 each seed.
@@ -89,41 +89,42 @@ def public_return(task, published):
 
 def print_summary(data, published, baseline):
     names = in_order(set().union(*data.values()), LABELS)
-    public_steps = f"{int(published[0]['steps']):,} steps"
-    reference = f"{PUBLIC['algorithm']} ({PUBLIC['source']}, {PUBLIC['version']}) at {public_steps}"
     all_runs = [runs for scripts in data.values() for runs in scripts.values()]
     seeds = span([len(runs) for runs in all_runs])
     steps = span([int(run.steps[-1]) for runs in all_runs for run in runs])
     print(f"### {steps} steps, {seeds} seed{'' if seeds == '1' else 's'}\n")
-    print_header("", *(LABELS.get(name, name) for name in names), reference)
-    public = {task: public_return(task, published) for task in data}
-    for task, scripts in data.items():
-        cells = [
-            with_spread(final_returns(scripts[name])) if name in scripts else "" for name in names
-        ]
-        mean_and_spread = "{:,.0f} ± {:,.0f}".format(*public[task]) if public[task] else ""
-        print_row(task, *cells, mean_and_spread)
+    columns = [
+        f"interquartile mean of return / {PUBLIC['algorithm']}'s return",
+        f"probability of a higher return than {LABELS.get(baseline, baseline)}",
+    ]
+    print_header("", *data, *columns)
 
-    # The last two rows need every task, lest a script gain from what it leaves out.
-    returns = {
-        name: [final_returns(scripts[name]) for scripts in data.values()]
-        for name in names
-        if all(name in scripts for scripts in data.values())
-    }
-    relative = {}
-    better = {}
-    for name, samples in returns.items():
-        if all(public.values()):
-            scores = [sample / td3[0] for sample, td3 in zip(samples, public.values(), strict=True)]
-            relative[name] = with_bootstrap(interquartile_mean, scores)
-        if baseline in returns and name != baseline:
-            better[name] = with_bootstrap(probability_of_improvement, samples, returns[baseline])
-    for label, cells in [
-        (f"interquartile mean of return / {PUBLIC['algorithm']}'s return", relative),
-        (f"probability of a higher return than {LABELS.get(baseline, baseline)}", better),
-    ]:
-        if cells:
-            print_row(label, *(cells.get(name, "") for name in names), "")
+    def samples(name):
+        return [final_returns(scripts[name]) for scripts in data.values() if name in scripts]
+
+    public = {task: public_return(task, published) for task in data}
+    for name in names:
+        returns = [
+            with_spread(final_returns(scripts[name])) if name in scripts else ""
+            for scripts in data.values()
+        ]
+
+        # The last two columns need every task, lest a script gain from what it leaves out.
+        relative = ""
+        better = ""
+        is_complete = all(returns)
+        if is_complete and all(public.values()):
+            scores = [
+                sample / td3[0] for sample, td3 in zip(samples(name), public.values(), strict=True)
+            ]
+            relative = with_bootstrap(interquartile_mean, scores)
+        if is_complete and name != baseline and len(samples(baseline)) == len(data):
+            better = with_bootstrap(probability_of_improvement, samples(name), samples(baseline))
+        print_row(f"**{LABELS.get(name, name)}**", *returns, relative, better)
+
+    spreads = ["{:,.0f} ± {:,.0f}".format(*td3) if td3 else "" for td3 in public.values()]
+    label = "{algorithm}, {source} ({version}, {steps:,} steps)"
+    print_row(label.format(**PUBLIC, steps=int(published[0]["steps"])), *spreads, "", "")
     print()
 
 
