@@ -99,7 +99,7 @@ class Args:
     log_var_init: float = -3.2  # phi_0, the initial log-variance of each action (Section 6.2)
     log_var_min: float = -20.0  # lower bound on phi
     log_var_lr: float = 0.03  # learning rate of phi, by gradient ascent; divided by value_scale
-    kl_coef: float = 1e-3  # weight of the KL penalty; times value_scale it is lambda of (20)
+    kl_coef: float = 1e-5  # weight of the KL penalty; times value_scale it is lambda of (20)
 
     eval_frequency: int = 5_000  # environment steps between two evaluations of the mean action
     eval_episodes: int = 10  # episodes of each evaluation
