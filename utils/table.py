@@ -6,10 +6,10 @@ The return of a run is the mean return of its evaluations in the last fifth of i
 the mean action. Spreads are standard deviations over seeds. `area` is the mean return of all
 evaluations, the area under the learning curve. `swings` is the mean absolute change from one
 evaluation to the next, over the mean return. Intervals are 95% intervals: of a mean Student's t, of
-a difference Welch's t, in the last two columns of the summary a bootstrap over seeds (Agarwal et al.,
-2021), which is too narrow with few seeds and takes the published return as exact. Published returns
-are from utils/published.csv, where `last fifth` is the same statistic, computed from public data of
-each seed.
+a difference Welch's t, in the last two columns of the summary a bootstrap over seeds (Agarwal et
+al., 2021), which is too narrow with few seeds and takes the published return as exact. Published
+returns are from utils/published.csv, where `last fifth` is the same statistic, computed from public
+data of each seed.
 """
 
 from dataclasses import dataclass
