@@ -1,5 +1,6 @@
 """Whole runs: what reaches the environment, the buffer, the logs and the screen; bad input."""
 
+import contextlib
 import csv
 import dataclasses
 import difflib
@@ -36,6 +37,7 @@ from tests.conftest import (
 )
 
 ENVS = "tests.fake_envs"
+MUJOCO = ["Swimmer", "HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid"]
 WARM_UP, STEPS = 36, 480
 
 
@@ -188,6 +190,19 @@ def test_tensorboard_shows_the_flags(trained):
     rows = table.tensor_proto.string_val[0].decode().splitlines()
     assert f"|learning_starts|{WARM_UP}|" in rows
     assert len(rows) == 2 + len(dataclasses.fields(type(trained.agent.args)))
+
+
+@pytest.mark.parametrize("version", ["v4", "v5"])
+@pytest.mark.filterwarnings("ignore:.*is out of date")
+@pytest.mark.parametrize("task", MUJOCO)
+def test_mujoco_gets_the_same_share_of_each_actuators_range(task, version):
+    with contextlib.closing(smoothie_continuous.make_env(f"{task}-{version}")) as env:
+        low, high = env.unwrapped.model.actuator_ctrlrange.T
+        obs, _ = env.reset(seed=0)
+        for action, expected in [(-3.0, low), (-0.5, 0.75 * low + 0.25 * high), (1.0, high)]:
+            assert obs.dtype == np.float32 and obs.shape == env.observation_space.shape
+            obs, *_ = env.step(np.full(len(low), action, np.float32))
+            np.testing.assert_allclose(env.unwrapped.data.ctrl, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("task", ["InPlace", "Arrays", "Dict"])
