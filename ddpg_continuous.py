@@ -81,7 +81,7 @@ class Args:
     critics: int = 2  # number of critics: targets take the lowest (TD3), the policy takes the mean
     policy_delay: int = 2  # critic updates per update of the policy and the targets (TD3)
     ou_theta: float = 0.15  # mean reversion of the noise (Section 6.2); 1 makes it white
-    ou_sigma: float = 0.1  # std of the noise added at each step, in normalised units (Section 6.2)
+    ou_sigma: float = 0.05  # std of the noise added at each step, in normalised units (Section 6.2)
 
     eval_frequency: int = 5_000  # environment steps between two evaluations of the mean action
     eval_episodes: int = 10  # episodes of each evaluation
