@@ -193,8 +193,8 @@ def test_tensorboard_shows_the_flags(trained):
 
 
 @pytest.mark.parametrize("version", ["v4", "v5"])
-@pytest.mark.filterwarnings("ignore:.*is out of date")
 @pytest.mark.parametrize("task", MUJOCO)
+@pytest.mark.filterwarnings("ignore:.*is out of date")
 def test_mujoco_gets_the_same_share_of_each_actuators_range(task, version):
     with contextlib.closing(smoothie_continuous.make_env(f"{task}-{version}")) as env:
         low, high = env.unwrapped.model.actuator_ctrlrange.T
