@@ -38,10 +38,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 WINDOW = 5  # evaluations that a smoothed value averages
-PUBLIC_SOURCE = "Tianshou"  # the one with all six tasks
-PUBLIC_STYLES = {
-    "TD3": {"color": "black", "linestyle": "--"},
-    "SAC": {"color": "#555555", "linestyle": ":"},
+PUBLIC_STYLES = {  # Tianshou has all six tasks
+    ("TD3", "Tianshou"): {"color": "black", "linestyle": "--"},
+    ("TD3", "sfujim/TD3"): {"color": "black", "linestyle": "-."},
+    ("SAC", "Tianshou"): {"color": "#555555", "linestyle": ":"},
 }
 # The colour-blind-safe palette of Okabe and Ito.
 COLORS = {
@@ -97,12 +97,11 @@ def mean_curve(runs):
 def draw_public(axis, task, published):
     """Draw the horizontal lines of a task, whatever its version."""
     for row in published:
-        if row["source"] == PUBLIC_SOURCE and row["algorithm"] in PUBLIC_STYLES:
-            if task.startswith(row["task"] + "-"):
-                steps = f"{int(row['steps']):,} steps"
-                label = f"{row['algorithm']} after {steps} ({row['source']}, {row['version']})"
-                style = PUBLIC_STYLES[row["algorithm"]]
-                axis.axhline(float(row["return"]), **style, linewidth=1.2, label=label)
+        style = PUBLIC_STYLES.get((row["algorithm"], row["source"]))
+        if style and task.startswith(row["task"] + "-"):
+            steps = f"{int(row['steps']):,} steps"
+            label = f"{row['algorithm']} after {steps} ({row['source']}, {row['version']})"
+            axis.axhline(float(row["return"]), **style, linewidth=1.2, label=label)
 
 
 def learning_curves(data):
@@ -224,12 +223,16 @@ def returns_under_noise(data):
     colors = choose_colors(data)
     figure, axes = make_panels(len(data))
     for (task, scripts), axis in zip(data.items(), axes, strict=True):
+        lowest = 0.0
+        highest = 0.0
         for name, seeds in scripts.items():
             curves = np.array(list(seeds.values()))  # (seeds, noises, 2)
             noise = curves[0, :, 0]
             returns = curves[:, :, 1]
             for curve in returns:
                 axis.plot(noise, curve, color=colors[name], linewidth=0.6, alpha=0.5)
+            lowest = min(lowest, returns.min())
+            highest = max(highest, returns.max())
             mean = returns.mean(0)
             low, high = np.array([t_interval(sample) for sample in returns.T]).T
             label = LABELS.get(name, name)
@@ -237,6 +240,7 @@ def returns_under_noise(data):
             axis.errorbar(noise, mean, [mean - low, high - mean], **style)
         axis.set_title(f"{task} (seeds: {span([len(seeds) for seeds in scripts.values()])})")
         axis.grid(alpha=0.25)
+        axis.set_ylim(1.1 * lowest, 1.1 * highest)  # intervals of two seeds would dwarf the curves
 
     lines = {}  # of the legend, by label
     for axis in axes:

@@ -30,7 +30,6 @@ MAY_DIFFER = {
     "run_dir",
     "run_id",
     "versions",
-    "provenance",
     "cuda",
     "compile",
     "threads",
@@ -64,7 +63,6 @@ class Run:
 
 def read_run(run_dir, last_step=math.inf):
     config = json.loads((run_dir / "config.json").read_text())
-    config = {"task": config["env_id"], "critics": 1} | config  # older scripts write neither
     rows = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1, ndmin=2)
     rows = rows[rows[:, 0] <= last_step]
     steps = np.unique(rows[:, 0])

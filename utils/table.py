@@ -31,7 +31,8 @@ from runs import (
     t_interval,
 )
 
-PUBLIC = {"algorithm": "TD3", "source": "Tianshou", "version": "v3"}  # the one with all six tasks
+PUBLIC = {"algorithm": "TD3", "source": "Tianshou", "version": "v3"}  # has all six tasks
+TD3_BY_ITS_AUTHOR = {"algorithm": "TD3", "source": "sfujim/TD3", "version": "v1"}  # has four
 
 
 @dataclass
@@ -79,10 +80,10 @@ def public_rows(task, published):
     return [row for row in published if task.startswith(row["task"] + "-")]
 
 
-def public_return(task, published):
-    """Return what PUBLIC reaches on a task as (mean, standard deviation), or None."""
+def public_return(task, published, public=PUBLIC):
+    """Return what public results have for a task as (mean, standard deviation), or None."""
     for row in public_rows(task, published):
-        if all(row[key] == value for key, value in PUBLIC.items()):
+        if all(row[key] == value for key, value in public.items()):
             return float(row["return"]), float(row["spread"])
     return None
 
@@ -94,7 +95,7 @@ def print_summary(data, published, baseline):
     steps = span([int(run.steps[-1]) for runs in all_runs for run in runs])
     print(f"### {steps} steps, {seeds} seed{'' if seeds == '1' else 's'}\n")
     columns = [
-        f"interquartile mean of return / {PUBLIC['algorithm']}'s return",
+        "interquartile mean of return / {algorithm}'s return ({source})".format(**PUBLIC),
         f"probability of a higher return than {LABELS.get(baseline, baseline)}",
     ]
     print_header("", *data, *columns)
@@ -122,9 +123,12 @@ def print_summary(data, published, baseline):
             better = with_bootstrap(probability_of_improvement, samples(name), samples(baseline))
         print_row(f"**{LABELS.get(name, name)}**", *returns, relative, better)
 
-    spreads = ["{:,.0f} ± {:,.0f}".format(*td3) if td3 else "" for td3 in public.values()]
-    label = "{algorithm}, {source} ({version}, {steps:,} steps)"
-    print_row(label.format(**PUBLIC, steps=int(published[0]["steps"])), *spreads, "", "")
+    steps = int(published[0]["steps"])
+    for source in (PUBLIC, TD3_BY_ITS_AUTHOR):
+        returns = [public_return(task, published, source) for task in data]
+        spreads = ["{:,.0f} ± {:,.0f}".format(*td3) if td3 else "" for td3 in returns]
+        label = "{algorithm}, {source} ({version}, {steps:,} steps)"
+        print_row(label.format(**source, steps=steps), *spreads, "", "")
     print()
 
 
