@@ -28,6 +28,7 @@ from runs import (
     interquartile_mean,
     probability_of_improvement,
     ratio_interval,
+    read_noise,
     read_published,
     read_runs,
     t_interval,
@@ -455,7 +456,7 @@ def test_the_figure_of_returns_under_noise(tmp_path, monkeypatch, capsys):
     rows += [("Ant-v4", "mine", 1, 0, 7.0), ("Hopper-v4", "mine", 1, 0, 8.0)]
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([noise.COLUMNS, *rows])
-    data = figures.read_noise(path)
+    data = read_noise(path)
     assert list(data) == ["Hopper-v4", "Ant-v4"] and list(data["Ant-v4"]) == [
         "ddpg_continuous",
         "mine",
@@ -479,6 +480,29 @@ def test_the_figure_of_returns_under_noise(tmp_path, monkeypatch, capsys):
     words = ["--noise", path, "--output", tmp_path / "pictures"]
     command_line(monkeypatch, capsys, "figures.py", folder, *words)
     assert (tmp_path / "pictures" / "noise.png").exists()
+
+
+def test_the_table_of_returns_under_noise(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "noise.csv"
+    values = {1: (100.0, 10.0), 2: (200.0, 20.0), 3: (600.0, 60.0)}
+    rows = [
+        ("Ant-v4", script, seed, std, value + extra)
+        for script, extra in [("ddpg_continuous", 0.0), ("smoothie_continuous", 500.0)]
+        for seed, pair in values.items()
+        for std, value in zip((0.0, 0.1), pair, strict=True)
+    ]
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([noise.COLUMNS, *rows])
+    folder = write_run(tmp_path / "runs", [1.0]).parent
+    lines = command_line(monkeypatch, capsys, "table.py", folder, "--noise", path).splitlines()
+    start = lines.index("### Ant-v4, by the standard deviation of noise on the actions")
+    assert lines[start + 2] == "|  | seeds | 0 | 0.1 |"
+    # Standard deviations 264.58 and 26.46: the interval is 2.7764 errors of 216.02 or 21.60.
+    assert lines[start + 4 : start + 7] == [
+        "| **Smoothie** | 3 | 800 ± 265 | 530 ± 26 |",
+        "| minus DDPG, 95% interval |  | +500 (-100 to +1,100) | +500 (+440 to +560) |",
+        "| **DDPG** | 3 | 300 ± 265 | 30 ± 26 |",
+    ]
 
 
 def test_evaluate_in_a_window_and_without_the_runs_own_script(trained, tmp_path):

@@ -13,7 +13,6 @@ noise.png, drawn from a file of noise.py, shows the return against the noise on 
 lines are seeds, bold ones their means with 95% intervals.
 """
 
-import csv
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +22,11 @@ import numpy as np
 import tyro
 from runs import (
     LABELS,
-    TASKS,
     final_returns,
     in_order,
     longest,
     ratio_interval,
+    read_noise,
     read_published,
     read_runs,
     span,
@@ -202,20 +201,6 @@ def ratios(data, baseline):
     axis.set_xlabel(f"return in the last fifth of the steps, over that of {baseline_label}")
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure
-
-
-def read_noise(path):
-    """Return {task: {exp_name: {seed: [(noise, return)]}}} of a file of noise.py, in order."""
-    data = {}
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            scripts = data.setdefault(row["task"], {})
-            seeds = scripts.setdefault(row["exp_name"], {})
-            point = (float(row["noise"]), float(row["return"]))
-            seeds.setdefault(int(row["seed"]), []).append(point)
-    for task, scripts in data.items():
-        data[task] = {name: scripts[name] for name in in_order(scripts, LABELS)}
-    return {task: data[task] for task in in_order(data, TASKS)}
 
 
 def returns_under_noise(data):

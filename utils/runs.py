@@ -1,4 +1,4 @@
-"""Read run folders, and compute the statistics that figures.py and table.py show.
+"""Read run folders and files of noise.py; compute what figures.py and table.py show.
 
 Both take data folders: any folder with `*/evaluations.csv` and `*/config.json`, one pair per run,
 so benchmark_runs/ itself. To keep these two small files of each run:
@@ -131,6 +131,20 @@ def read_published(last_step):
     published_steps = sorted({int(row["steps"]) for row in rows})
     steps = min((n for n in published_steps if n >= last_step), default=published_steps[-1])
     return [row for row in rows if int(row["steps"]) == steps]
+
+
+def read_noise(path):
+    """Return {task: {exp_name: {seed: [(noise, return)]}}} of a file of noise.py, in order."""
+    data = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            scripts = data.setdefault(row["task"], {})
+            seeds = scripts.setdefault(row["exp_name"], {})
+            point = (float(row["noise"]), float(row["return"]))
+            seeds.setdefault(int(row["seed"]), []).append(point)
+    for task, scripts in data.items():
+        data[task] = {name: scripts[name] for name in in_order(scripts, LABELS)}
+    return {task: data[task] for task in in_order(data, TASKS)}
 
 
 def final_returns(runs):

@@ -1,6 +1,6 @@
 """Print the results of runs as Markdown: a summary, then a table for each task.
 
-    python utils/table.py results/data
+    python utils/table.py results/data --noise results/noise.csv
 
 The return of a run is the mean return of its evaluations in the last fifth of its steps, those of
 the mean action. Spreads are standard deviations over seeds. `area` is the mean return of all
@@ -25,6 +25,7 @@ from runs import (
     interquartile_mean,
     longest,
     probability_of_improvement,
+    read_noise,
     read_published,
     read_runs,
     span,
@@ -40,6 +41,7 @@ class Args:
     data: tyro.conf.Positional[tuple[Path, ...]] = (Path("results/data"),)  # folders of run folders
     baseline: str = "ddpg_continuous"  # the script to compare the others with
     last_step: float = float("inf")  # leave out later evaluations, to compare unequal runs
+    noise: Path | None = None  # file of noise.py, for a table of each task's returns under noise
 
 
 def print_row(*cells):
@@ -172,12 +174,33 @@ def print_task(task, scripts, published, baseline):
     print()
 
 
+def print_noise(task, scripts, baseline):
+    curves = {name: np.array(list(seeds.values())) for name, seeds in scripts.items()}
+    noise = next(iter(curves.values()))[0, :, 0]
+    returns = {name: curve[:, :, 1].T for name, curve in curves.items()}  # (noises, seeds)
+    print(f"### {task}, by the standard deviation of noise on the actions\n")
+    print_header("", "seeds", *[f"{std:g}" for std in noise])
+    for name, samples in returns.items():
+        seeds = len(samples.T)
+        print_row(f"**{LABELS.get(name, name)}**", seeds, *map(with_spread, samples))
+        if name != baseline and baseline in returns:
+            differences = [
+                with_interval(sample.mean() - other.mean(), t_interval(sample, other), "+,.0f")
+                for sample, other in zip(samples, returns[baseline], strict=True)
+            ]
+            print_row(f"minus {LABELS.get(baseline, baseline)}, 95% interval", "", *differences)
+    print()
+
+
 def main(args):
     data = read_runs(args.data, args.last_step)
     published = read_published(longest(data))
     print_summary(data, published, args.baseline)
     for task, scripts in data.items():
         print_task(task, scripts, published, args.baseline)
+    if args.noise:
+        for task, scripts in read_noise(args.noise).items():
+            print_noise(task, scripts, args.baseline)
 
 
 if __name__ == "__main__":
