@@ -493,7 +493,7 @@ def test_the_table_of_returns_under_noise(tmp_path, monkeypatch, capsys):
     ]
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([noise.COLUMNS, *rows])
-    folder = write_run(tmp_path / "runs", [1.0]).parent
+    folder = write_run(tmp_path / "runs", [1.0, 2.0]).parent
     lines = command_line(monkeypatch, capsys, "table.py", folder, "--noise", path).splitlines()
     start = lines.index("### Ant-v4, by the standard deviation of noise on the actions")
     assert lines[start + 2] == "|  | seeds | 0 | 0.1 |"
