@@ -469,10 +469,10 @@ def test_the_figure_of_returns_under_noise(tmp_path, monkeypatch, capsys):
     ddpg, mine = axis.containers
     line, _, (bars,) = ddpg
     assert line.get_color() == colors["ddpg_continuous"]
-    assert line.get_xydata() == pytest.approx(np.array([[0, 2.5], [0.1, 2.4]]))
+    assert line.get_xydata() == pytest.approx(np.array([[-0.004, 2.5], [0.096, 2.4]]))
     low, high = t_interval(np.array([0.9, 3.9]))
-    assert bars.get_segments()[1] == pytest.approx(np.array([[0.1, low], [0.1, high]]))
-    assert mine[0].get_xydata().tolist() == [[0.0, 7.0]]
+    assert bars.get_segments()[1] == pytest.approx(np.array([[0.096, low], [0.096, high]]))
+    assert mine[0].get_xydata().tolist() == [[0.004, 7.0]]
     assert low < axis.get_ylim()[0] <= 0.0 and 7.0 < axis.get_ylim()[1] < high
     figures.plt.close(figure)
 

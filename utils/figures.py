@@ -210,9 +210,9 @@ def returns_under_noise(data):
     for (task, scripts), axis in zip(data.items(), axes, strict=True):
         lowest = 0.0
         highest = 0.0
-        for name, seeds in scripts.items():
+        for i, (name, seeds) in enumerate(scripts.items()):
             curves = np.array(list(seeds.values()))  # (seeds, noises, 2)
-            noise = curves[0, :, 0]
+            noise = curves[0, :, 0] + 0.008 * (i - (len(scripts) - 1) / 2)  # side by side
             returns = curves[:, :, 1]
             for curve in returns:
                 axis.plot(noise, curve, color=colors[name], linewidth=0.6, alpha=0.5)
@@ -221,8 +221,8 @@ def returns_under_noise(data):
             mean = returns.mean(0)
             low, high = np.array([t_interval(sample) for sample in returns.T]).T
             label = LABELS.get(name, name)
-            style = {"color": colors[name], "linewidth": 2, "capsize": 3, "label": label}
-            axis.errorbar(noise, mean, [mean - low, high - mean], **style)
+            style = {"color": colors[name], "linewidth": 2, "elinewidth": 1, "capsize": 3}
+            axis.errorbar(noise, mean, [mean - low, high - mean], **style, label=label)
         axis.set_title(f"{task} (seeds: {span([len(seeds) for seeds in scripts.values()])})")
         axis.grid(alpha=0.25)
         axis.set_ylim(1.1 * lowest, 1.1 * highest)  # intervals of two seeds would dwarf the curves
