@@ -83,7 +83,7 @@ def public_rows(task, published):
 
 
 def public_return(task, published, public=PUBLIC):
-    """Return what public results have for a task as (mean, standard deviation), or None."""
+    """Return what PUBLIC or another source has for a task, (mean, standard deviation), or None."""
     for row in public_rows(task, published):
         if all(row[key] == value for key, value in public.items()):
             return float(row["return"]), float(row["spread"])
@@ -125,12 +125,12 @@ def print_summary(data, published, baseline):
             better = with_bootstrap(probability_of_improvement, samples(name), samples(baseline))
         print_row(f"**{LABELS.get(name, name)}**", *returns, relative, better)
 
-    steps = int(published[0]["steps"])
+    label = "{algorithm}, {source} ({version}, {steps:,} steps)"
+    published_steps = int(published[0]["steps"])
     for source in (PUBLIC, TD3_BY_ITS_AUTHOR):
-        returns = [public_return(task, published, source) for task in data]
-        spreads = ["{:,.0f} ± {:,.0f}".format(*td3) if td3 else "" for td3 in returns]
-        label = "{algorithm}, {source} ({version}, {steps:,} steps)"
-        print_row(label.format(**source, steps=steps), *spreads, "", "")
+        td3_returns = [public_return(task, published, source) for task in data]
+        spreads = ["{:,.0f} ± {:,.0f}".format(*td3) if td3 else "" for td3 in td3_returns]
+        print_row(label.format(**source, steps=published_steps), *spreads, "", "")
     print()
 
 
