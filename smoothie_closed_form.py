@@ -419,7 +419,7 @@ def make_run_dir(name):
 
 
 def start_run(args, task):
-    """Return the run folder, with the flags and this script in it, and its config.
+    """Return the run folder, with this script in it, and the config to write there.
 
     Exit if the folder holds a run of another script, or with flags that must not change.
     """
@@ -444,7 +444,6 @@ def start_run(args, task):
         config["run_id"] = old["run_id"]
     if not (run_dir / "checkpoint.pt").exists():  # a run that starts over may have a new script
         (run_dir / config["script"]).write_bytes(Path(__file__).read_bytes())
-    (run_dir / "config.json").write_text(json.dumps(config, indent=2))
     print(f"run folder: {run_dir}", flush=True)
     return run_dir, config
 
@@ -562,7 +561,7 @@ def load_checkpoint(run_dir, agent, buffer, rng):
     return state["step"], state["evaluations"]
 
 
-def train(args, env, eval_env, run_dir):
+def train(args, env, eval_env, run_dir, config):
     """Train, from the checkpoint in run_dir if there is one."""
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
@@ -583,6 +582,7 @@ def train(args, env, eval_env, run_dir):
     start, evaluations = load_checkpoint(run_dir, agent, buffer, rng)
     if start > args.total_timesteps:
         sys.exit(f"--total-timesteps {args.total_timesteps}: the run has done {start} steps")
+    (run_dir / "config.json").write_text(json.dumps(config, indent=2))
     writer = SummaryWriter(run_dir, purge_step=start + 1 if start else 0)
     flags = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}", start)
@@ -656,7 +656,7 @@ def main(args):
             track(args, run_dir, config),
         ):
             try:
-                train(args, env, eval_env, run_dir)
+                train(args, env, eval_env, run_dir, config)
             except KeyboardInterrupt:
                 sys.exit(f"stopped; to resume, repeat the command with --run-dir {run_dir}")
     print(f"finished; the results are in {run_dir}")

@@ -165,8 +165,7 @@ def test_another_run_in_the_folder_is_refused(module, flags, sentence):
     config = Path("run/config.json").read_text()
     with pytest.raises(SystemExit, match=sentence):
         run(module, run_dir="run", **{"batch_size": 100, **flags})
-    if "total_timesteps" not in flags:
-        assert Path("run/config.json").read_text() == config
+    assert Path("run/config.json").read_text() == config
 
 
 def test_two_runs_in_one_second(monkeypatch):
