@@ -195,7 +195,7 @@ def ratios(data, baseline):
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axis.set_yticks(range(len(tasks)), tasks)
-    axis.invert_yaxis()
+    axis.set_ylim(len(tasks) - 0.5, -0.5)  # the first task on top
     axis.grid(alpha=0.25, axis="x")
     baseline_label = LABELS.get(baseline, baseline)
     axis.set_xlabel(f"return in the last fifth of the steps, over that of {baseline_label}")
