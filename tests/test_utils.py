@@ -653,9 +653,10 @@ def test_value_estimates(module):
         agent.qfs[0].fc2.weight[:, -2:].mul_(10)
         agent.actor.fc_mean.weight.mul_(50)
         if not is_ddpg:
-            agent.actor.log_var.fill_(-2.0)
+            agent.actor.log_var.copy_(torch.tensor([-2.0, -1.0]))
     env = Ones()
-    returns, expected, actual, saturated, cosines = value_estimates.compare(args, env, agent, 20)
+    results = value_estimates.compare(args, env, agent, 20)
+    returns, expected, actual, saturated, cosines, stds = results
     assert env.seeds == list(range(3_000, 3_020)), "the starts of the run's evaluations"
     assert returns.tolist() == 10 * [5, 7]
 
@@ -663,7 +664,7 @@ def test_value_estimates(module):
     with torch.no_grad():
         output = agent.actor(states)
         mean = output if is_ddpg else output[0]
-        std = 0.0 if is_ddpg else math.exp(-1.0)
+        std = torch.zeros(2) if is_ddpg else torch.tensor([-1.0, -0.5]).exp()
         values = agent.qfs[0](states, mean)
         error = 1e-4
         if module is smoothie_closed_form:  # its critic is not smoothed: so average over actions
@@ -691,6 +692,7 @@ def test_value_estimates(module):
 
     noise = np.array(env.actions) - mean.numpy()
     assert np.allclose(noise.std(0), std, rtol=0.2, atol=1e-6)
+    assert np.allclose(stds, np.tile(std, (len(states), 1)))
     assert np.allclose(saturated, (mean.abs() > 0.97).float().mean(1))
     assert 0 < saturated.mean() < 1
 
@@ -713,3 +715,5 @@ def test_value_estimates_of_a_run(trained, capsys):
     row = capsys.readouterr().out.splitlines()[-1]
     label = table.LABELS[next(run_dir.glob("*.py")).stem]
     assert step == 150 and row.startswith(f"| my_task:Drift-v0 | {label} | 1 | 150 | ")
+    sigma = "" if label == "DDPG" else "0.20 to 0.20"
+    assert row.split("|")[-4].strip() == sigma

@@ -5,7 +5,8 @@
 Each run's policy acts for ten episodes from the starts of its evaluations: with noise for Smoothie,
 without for DDPG, as its critic assumes. `expected` is the first critic's value of the policy,
 `actual` the discounted sum of the rewards that follow; both are means over all states. At a time
-limit the critic's own value stands for the rewards to come, which brings the two closer.
+limit the critic's own value stands for the rewards to come, which brings the two closer. `sigma` is
+the policy's standard deviation, from the lowest to the highest over action dimensions and states.
 `saturated` is the share of the mean's components beyond 0.97 in absolute value, where the slope of
 the tanh is below 0.06. `cosine` is that of the angle between the slopes of the first two critics in
 the action, at the mean action; its mean over all states says how well they agree on what to change.
@@ -56,13 +57,13 @@ def policy_and_critics(agent, obs):
     with torch.no_grad():
         policy = agent.actor(observations)
         mean, log_var = policy if isinstance(policy, tuple) else (policy, None)  # DDPG: no noise
-        std = 0.0 if log_var is None else (0.5 * log_var).exp().numpy()
+        var = torch.zeros_like(mean) if log_var is None else log_var.exp().expand_as(mean)
 
     mean.requires_grad_()
     values = [value_at(qf, observations, mean, log_var) for qf in agent.qfs]
     slopes = [torch.autograd.grad(value.sum(), mean)[0] for value in values]
     cosine = torch.cosine_similarity(slopes[0], slopes[min(1, len(slopes) - 1)])
-    return mean[0].detach().numpy(), std, values[0].item(), cosine.item()
+    return mean[0].detach().numpy(), var[0].sqrt().numpy(), values[0].item(), cosine.item()
 
 
 def discounted_sums(rewards, gamma, last):
@@ -75,13 +76,15 @@ def discounted_sums(rewards, gamma, last):
 
 def compare(args, env, agent, episodes):
     """Return the return of each episode (episodes,), and for each state the expected value, the
-    actual value, the share of saturated components of the mean and the cosine, each (states,)."""
+    actual value, the share of saturated components of the mean and the cosine, each (states,), and
+    the policy's standard deviation (states, action_dim)."""
     rng = np.random.default_rng(args.seed)
     returns = []
     expected = []
     actual = []
     saturated = []
     cosines = []
+    stds = []
     for episode in range(episodes):
         obs, _ = env.reset(seed=1_000 * args.seed + episode)
         rewards = []
@@ -91,6 +94,7 @@ def compare(args, env, agent, episodes):
             expected.append(value)
             saturated.append(np.mean(np.abs(mean) > SATURATED))
             cosines.append(cosine)
+            stds.append(std)
             action = mean + std * rng.standard_normal(len(mean), np.float32)
             obs, reward, terminated, truncated, _ = env.step(action)
             rewards.append(reward)
@@ -98,18 +102,20 @@ def compare(args, env, agent, episodes):
         last = 0.0 if terminated else policy_and_critics(agent, obs)[2]
         actual += discounted_sums(rewards, args.gamma, last)
         returns.append(sum(rewards))
-    return tuple(map(np.array, (returns, expected, actual, saturated, cosines)))
+    return tuple(map(np.array, (returns, expected, actual, saturated, cosines, stds)))
 
 
 def main(args):
-    columns = "task,script,seed,steps,return,expected,actual,saturated,cosine".split(",")
+    columns = "task,script,seed,steps,return,expected,actual,sigma,saturated,cosine".split(",")
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for run_dir in args.run_dirs:
         run_args, env, agent, step = load(run_dir)
-        returns, expected, actual, saturated, cosines = compare(run_args, env, agent, EPISODES)
+        results = compare(run_args, env, agent, EPISODES)
+        returns, expected, actual, saturated, cosines, stds = results
         label = LABELS.get(run_args.exp_name, run_args.exp_name)
         cells = [run_args.env_id, label, run_args.seed, f"{step:,}"]
         cells += [f"{np.mean(values):,.0f}" for values in (returns, expected, actual)]
+        cells.append(f"{stds.min():.2f} to {stds.max():.2f}" if stds.any() else "")
         cells += [f"{saturated.mean():.0%}", f"{cosines.mean():.2f}"]
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
