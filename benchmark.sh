@@ -5,7 +5,7 @@
 #
 #   ./benchmark.sh
 #   ENVS="Hopper-v4 Ant-v4" SEEDS="1 2 3" TOTAL_TIMESTEPS=300000 WORKERS=4 ./benchmark.sh
-#   RUNS=slow ./benchmark.sh --q-lr 3e-4    other flags go to every script; give them their RUNS
+#   RUNS=slow ./benchmark.sh --q-lr 3e-4    other flags go to every script; use another RUNS
 #   ./benchmark.sh --status             of each run the last evaluation: step and mean return
 #   ./benchmark.sh --dry-run            the commands, one per line, e.g. for Slurm:
 #

@@ -13,8 +13,10 @@ Q is learned from replayed (s, a, r, s') with targets r + gamma Q'(s', mu'(s')).
                                       dQ/da             qf.action_gradient(...)
 
 In E_s, replayed states stand in for the policy's. Actions are in normalised units, with bounds at
--1 and 1, everywhere but in the environment. Exploration is an Ornstein-Uhlenbeck process. The
-second critic and the delay of the policy are TD3's (Fujimoto et al., ICML 2018).
+-1 and 1, everywhere but in the environment. Exploration is an Ornstein-Uhlenbeck process.
+
+The second critic, the delay of the policy and the random first actions are TD3's (Fujimoto et al.,
+ICML 2018).
 """
 # /// script
 # requires-python = ">=3.11,<3.14"
@@ -80,8 +82,8 @@ class Args:
     q_lr: float = 1e-3  # learning rate of w, by Adam
     critics: int = 2  # number of critics: targets take the lowest (TD3), the policy takes the mean
     policy_delay: int = 2  # critic updates per update of the policy and the targets (TD3)
-    ou_theta: float = 0.15  # mean reversion of the noise (Section 6.2); 1 makes it white
-    ou_sigma: float = 0.05  # std of the noise added at each step, in normalised units (Section 6.2)
+    ou_theta: float = 0.15  # rate at which the noise returns to 0 (Section 6.2); 1 makes it white
+    ou_sigma: float = 0.05  # std of the noise's increments, in normalised units (Section 6.2)
 
     eval_frequency: int = 5_000  # environment steps between two evaluations of the mean action
     eval_episodes: int = 10  # episodes of each evaluation
@@ -122,7 +124,7 @@ def finite(value, what):
 
 
 def make_env(env_id, **kwargs):
-    """Return the task with observations of one dimension, compressed, and actions in [-1, 1]."""
+    """Return the task with flat, compressed observations and actions in [-1, 1]."""
     try:
         env = gym.make(env_id, **kwargs)
     except gym.error.Error as error:
@@ -143,7 +145,7 @@ def make_env(env_id, **kwargs):
         return np.clip(scaled, bounds.low, bounds.high).astype(bounds.dtype)
 
     def compressed(obs):
-        """Return obs with what exceeds 10 on a logarithmic scale: Humanoid-v4 has thousands."""
+        """Put what exceeds 10 on a logarithmic scale: Humanoid-v4 has thousands."""
         obs = finite(obs, "an observation of the environment")
         excess = np.maximum(np.abs(obs) - 10, 0)
         return np.clip(obs, -10, 10) + np.copysign(np.log1p(excess), obs)
@@ -236,7 +238,7 @@ class ReplayBuffer:
     def __init__(self, capacity, obs_dim, action_dim, rng, device):
         self.rng = rng
         self.device = device
-        self.count = 0  # transitions that were ever added
+        self.count = 0  # transitions added so far, overwritten ones included
         self.widths = [obs_dim, action_dim, 1, obs_dim, 1]
         self.rows = np.zeros((capacity, sum(self.widths)), np.float32)
 
@@ -246,7 +248,7 @@ class ReplayBuffer:
         self.count += 1
 
     def sample(self, batch_size):
-        """Return the columns that add takes, of rows drawn with replacement: one batch."""
+        """Return a batch drawn with replacement, as columns in the order of add's arguments."""
         index = self.rng.integers(min(self.count, len(self.rows)), size=batch_size)
         rows = torch.from_numpy(self.rows[index]).to(self.device)
         obs, actions, rewards, next_obs, terminated = rows.split(self.widths, 1)
@@ -336,7 +338,7 @@ class DDPG(nn.Module):
 
 
 def compile_updates(device, *updates):
-    """Return each update as one compiled graph, on a GPU a CUDA graph."""
+    """Return each update compiled into one graph, on a GPU a CUDA graph."""
     try:
         torch.compile(torch.sin)(torch.zeros(8, device=device))
     except Exception as error:  # no C++ compiler, say
@@ -346,7 +348,7 @@ def compile_updates(device, *updates):
     print("the first updates compile for a minute or more; --no-compile avoids this", flush=True)
     torch._dynamo.config.trace_autograd_ops = True  # the gradients belong to the graph
     options = {
-        "fallback_random": True,  # the random numbers of the update that is not compiled
+        "fallback_random": True,  # the same random numbers as without compilation
         "cpp.use_decompose_tanh": True,  # a faster tanh
         "triton.cudagraphs": True,
         "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,  # shapes and flags never change
@@ -448,7 +450,7 @@ def evaluate(actor, env, args):
             done = terminated or truncated
             if episode_length == 100_000:
                 hint = "does this task never end? Register it with max_episode_steps"
-                print(f"an evaluation takes over 100,000 steps: {hint}", file=sys.stderr)
+                print(f"an evaluation episode has taken 100,000 steps: {hint}", file=sys.stderr)
         results.append((episode_return, episode_length))
     return results
 
@@ -458,11 +460,11 @@ def record_evaluation(step, agent, env, args, run_dir, evaluations, writer):
     if args.capture_video:
         env.name_prefix = f"step-{step}"
     results = evaluate(agent.actor, env, args)
+    save(agent.actor.state_dict(), run_dir / "policy.pt")
     evaluations += [(step, episode, *result) for episode, result in enumerate(results)]
     with open(run_dir / "evaluations.csv", "w", newline="") as file:
         header = ("global_step", "episode", "episodic_return", "episodic_length")
         csv.writer(file).writerows([header, *evaluations])
-    save(agent.actor.state_dict(), run_dir / "policy.pt")
 
     mean_return, mean_length = np.mean(results, 0)
     writer.add_scalar("eval/episodic_return", mean_return, step)
@@ -481,13 +483,13 @@ def log_losses(step, losses, writer):
 
 
 def save(state, path):
-    """Write a new file, which then replaces the old one: whenever a kill comes, one is whole."""
+    """Write a new file, then rename it over the old one, so that a kill leaves one whole."""
     torch.save(state, f"{path}.new")
     Path(f"{path}.new").replace(path)
 
 
 def save_checkpoint(run_dir, step, agent, buffer, rng, evaluations):
-    """Save all that the rest of the run depends on, if this comes between two episodes."""
+    """Save what the rest of the run depends on. Between two episodes this is everything."""
     state = {
         "step": step,
         "agent": agent.state_dict(),
@@ -505,7 +507,8 @@ def load_checkpoint(run_dir, agent, buffer, rng):
     """Restore what save_checkpoint has saved, if anything. Return the step and the evaluations."""
     if not (run_dir / "checkpoint.pt").exists():
         return 0, []
-    state = torch.load(run_dir / "checkpoint.pt", "cpu", weights_only=True)  # runs no code
+    # weights_only runs no code of the file; mmap spares the memory for a second buffer
+    state = torch.load(run_dir / "checkpoint.pt", "cpu", weights_only=True, mmap=True)
     agent.load_state_dict(state["agent"])
     buffer.count = state["count"]
     buffer.rows[: buffer.count] = state["rows"]

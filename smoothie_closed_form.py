@@ -5,14 +5,14 @@ Smoothie follows the gradient and the Hessian of a smoothed critic,
     Q~(s, a) = E[Q(s, a~)],  a~ ~ N(a, Sigma)                                               (9)
 
 which the paper learns from phantom actions. But if the action enters a GELU critic at its last
-hidden layer, Q(s, a) = v.gelu(z) + c with z = W_s e(s) + W_a a + b, then Q~ follows from Q. Around
-a the input of unit j is N(z_j, t_j^2), t_j^2 = sum_i (W_a)_ji^2 Sigma_ii. With the density pdf and
-the distribution function cdf of N(0, 1), r = sqrt(1 + t^2) and x = z / r, the average of gelu over
-it and the first two derivatives of this average in z are
+hidden layer, Q(s, a) = v.gelu(z) + c with z = W_s e(s) + W_a a + b, then Q~ follows from Q. With
+a~ for a, the input of unit j is N(z_j, t_j^2), t_j^2 = sum_i (W_a)_ji^2 Sigma_ii. With the density
+pdf and the distribution function cdf of N(0, 1), r = sqrt(1 + t^2) and x = z / r, the average of
+gelu over this input and the first two derivatives of the average in z are
 
-    value  = z cdf(x) + t^2 / r pdf(x)                  Q~(s, a)    = v.value + c
+    value  = z cdf(x) + t^2 pdf(x) / r                  Q~(s, a)    = v.value + c
     first  = cdf(x) + x pdf(x) / r^2                    dQ~/da      = (v * first) W_a
-    second = pdf(x) / r (1 + (1 - x^2) / r^2)           d2Q~/da_i^2 = (v * second) (W_a^2)_i
+    second = (1 + (1 - x^2) / r^2) pdf(x) / r           d2Q~/da_i^2 = (v * second) (W_a^2)_i
 
 At t = 0 they are gelu, gelu' and gelu''. The policy N(mu_theta(s), Sigma_phi) follows
 
@@ -30,6 +30,9 @@ Sigma goes to 0.
 
 In E_s, replayed states stand in for the policy's. Actions are in normalised units, with bounds at
 -1 and 1, everywhere but in the environment.
+
+The second critic, the delay of the policy and the random first actions are TD3's (Fujimoto et al.,
+ICML 2018).
 """
 # /// script
 # requires-python = ">=3.11,<3.14"
@@ -140,7 +143,7 @@ def finite(value, what):
 
 
 def make_env(env_id, **kwargs):
-    """Return the task with observations of one dimension, compressed, and actions in [-1, 1]."""
+    """Return the task with flat, compressed observations and actions in [-1, 1]."""
     try:
         env = gym.make(env_id, **kwargs)
     except gym.error.Error as error:
@@ -161,7 +164,7 @@ def make_env(env_id, **kwargs):
         return np.clip(scaled, bounds.low, bounds.high).astype(bounds.dtype)
 
     def compressed(obs):
-        """Return obs with what exceeds 10 on a logarithmic scale: Humanoid-v4 has thousands."""
+        """Put what exceeds 10 on a logarithmic scale: Humanoid-v4 has thousands."""
         obs = finite(obs, "an observation of the environment")
         excess = np.maximum(np.abs(obs) - 10, 0)
         return np.clip(obs, -10, 10) + np.copysign(np.log1p(excess), obs)
@@ -238,7 +241,10 @@ class QNetwork(nn.Module):
 
 
 def check_derivatives(qf, obs_dim, action_dim):
-    """Fail if smoothed does not return the Gaussian average of forward and its derivatives."""
+    """Fail if smoothed does not return the Gaussian average of forward and its derivatives.
+
+    It is the average if it is forward at Sigma = 0 and obeys (14), a heat equation in Sigma.
+    """
     generator = torch.Generator().manual_seed(0)  # leaves the random numbers of the run alone
     qf = copy.deepcopy(qf).cpu().double()
     obs = torch.randn(1, obs_dim, generator=generator).double()
@@ -265,7 +271,7 @@ class ReplayBuffer:
     def __init__(self, capacity, obs_dim, action_dim, rng, device):
         self.rng = rng
         self.device = device
-        self.count = 0  # transitions that were ever added
+        self.count = 0  # transitions added so far, overwritten ones included
         self.widths = [obs_dim, action_dim, 1, obs_dim, 1]
         self.rows = np.zeros((capacity, sum(self.widths)), np.float32)
 
@@ -275,7 +281,7 @@ class ReplayBuffer:
         self.count += 1
 
     def sample(self, batch_size):
-        """Return the columns that add takes, of rows drawn with replacement: one batch."""
+        """Return a batch drawn with replacement, as columns in the order of add's arguments."""
         index = self.rng.integers(min(self.count, len(self.rows)), size=batch_size)
         rows = torch.from_numpy(self.rows[index]).to(self.device)
         obs, actions, rewards, next_obs, terminated = rows.split(self.widths, 1)
@@ -378,7 +384,7 @@ class Smoothie(nn.Module):
 
 
 def compile_updates(device, *updates):
-    """Return each update as one compiled graph, on a GPU a CUDA graph."""
+    """Return each update compiled into one graph, on a GPU a CUDA graph."""
     try:
         torch.compile(torch.sin)(torch.zeros(8, device=device))
     except Exception as error:  # no C++ compiler, say
@@ -388,7 +394,7 @@ def compile_updates(device, *updates):
     print("the first updates compile for a minute or more; --no-compile avoids this", flush=True)
     torch._dynamo.config.trace_autograd_ops = True  # the gradients belong to the graph
     options = {
-        "fallback_random": True,  # the random numbers of the update that is not compiled
+        "fallback_random": True,  # the same random numbers as without compilation
         "cpp.use_decompose_tanh": True,  # a faster tanh
         "triton.cudagraphs": True,
         "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,  # shapes and flags never change
@@ -491,7 +497,7 @@ def evaluate(actor, env, args):
             done = terminated or truncated
             if episode_length == 100_000:
                 hint = "does this task never end? Register it with max_episode_steps"
-                print(f"an evaluation takes over 100,000 steps: {hint}", file=sys.stderr)
+                print(f"an evaluation episode has taken 100,000 steps: {hint}", file=sys.stderr)
         results.append((episode_return, episode_length))
     return results
 
@@ -501,11 +507,11 @@ def record_evaluation(step, agent, env, args, run_dir, evaluations, writer):
     if args.capture_video:
         env.name_prefix = f"step-{step}"
     results = evaluate(agent.actor, env, args)
+    save(agent.actor.state_dict(), run_dir / "policy.pt")
     evaluations += [(step, episode, *result) for episode, result in enumerate(results)]
     with open(run_dir / "evaluations.csv", "w", newline="") as file:
         header = ("global_step", "episode", "episodic_return", "episodic_length")
         csv.writer(file).writerows([header, *evaluations])
-    save(agent.actor.state_dict(), run_dir / "policy.pt")
 
     mean_return, mean_length = np.mean(results, 0)
     writer.add_scalar("eval/episodic_return", mean_return, step)
@@ -526,13 +532,13 @@ def log_losses(step, losses, std, writer):
 
 
 def save(state, path):
-    """Write a new file, which then replaces the old one: whenever a kill comes, one is whole."""
+    """Write a new file, then rename it over the old one, so that a kill leaves one whole."""
     torch.save(state, f"{path}.new")
     Path(f"{path}.new").replace(path)
 
 
 def save_checkpoint(run_dir, step, agent, buffer, rng, evaluations):
-    """Save all that the rest of the run depends on, if this comes between two episodes."""
+    """Save what the rest of the run depends on. Between two episodes this is everything."""
     state = {
         "step": step,
         "agent": agent.state_dict(),
@@ -550,7 +556,8 @@ def load_checkpoint(run_dir, agent, buffer, rng):
     """Restore what save_checkpoint has saved, if anything. Return the step and the evaluations."""
     if not (run_dir / "checkpoint.pt").exists():
         return 0, []
-    state = torch.load(run_dir / "checkpoint.pt", "cpu", weights_only=True)  # runs no code
+    # weights_only runs no code of the file; mmap spares the memory for a second buffer
+    state = torch.load(run_dir / "checkpoint.pt", "cpu", weights_only=True, mmap=True)
     agent.load_state_dict(state["agent"])
     buffer.count = state["count"]
     buffer.rows[: buffer.count] = state["rows"]

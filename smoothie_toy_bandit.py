@@ -186,7 +186,7 @@ def train(args, method, uniform=0):
                 weights = importance_weights(actions, means, variances, args.max_weight)
             actions = actions + var.sqrt() * torch.randn_like(actions)
         errors = (qf(actions) - targets).square()
-        loss = (weights * errors).sum(1) / weights.sum(1)  # (18)
+        loss = (weights * errors).sum(1) / weights.sum(1)  # (18), its weights normalised
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()
