@@ -650,13 +650,13 @@ def test_value_estimates(module):
     agent = (module.DDPG if is_ddpg else module.Smoothie)(3, 2, args)
     with torch.no_grad():
         agent.qfs[0].fc_q.weight.abs_().mul_(5)  # so that the value depends on state and action
-        agent.qfs[0].fc2.weight[:, -2:].mul_(10)
+        agent.qfs[0].fc2.weight[:, -2:].mul_(100)
         agent.actor.fc_mean.weight.mul_(50)
         if not is_ddpg:
             agent.actor.log_var.copy_(torch.tensor([-2.0, -1.0]))
     env = Ones()
     results = value_estimates.compare(args, env, agent, 20)
-    returns, expected, actual, saturated, cosines, stds = results
+    returns, expected, actual, saturated, cosines, smoothings, stds = results
     assert env.seeds == list(range(3_000, 3_020)), "the starts of the run's evaluations"
     assert returns.tolist() == 10 * [5, 7]
 
@@ -687,6 +687,14 @@ def test_value_estimates(module):
         lengths = slopes[0].norm(dim=1) * slopes[1].norm(dim=1)
         assert np.allclose(cosines, products / lengths, atol=1e-4)
         assert -0.99 < cosines.mean() < 0.99
+        if module is smoothie_closed_form:
+            without_noise = torch.full((2,), -80.0)
+            plain = agent.qfs[0].smoothed(states, mean, without_noise)[1]
+            expected_smoothings = torch.cosine_similarity(slopes[0], plain)
+            assert np.allclose(smoothings, expected_smoothings, atol=1e-4)
+            assert 0 < smoothings.mean() < 0.998
+        else:
+            assert np.allclose(smoothings, 1.0)
         last = torch.tensor(env.obs)[None]
         last_action = agent.actor(last) if is_ddpg else agent.actor(last)[0]
 
@@ -716,4 +724,5 @@ def test_value_estimates_of_a_run(trained, capsys):
     label = table.LABELS[next(run_dir.glob("*.py")).stem]
     assert step == 150 and row.startswith(f"| my_task:Drift-v0 | {label} | 1 | 150 | ")
     sigma = "" if label == "DDPG" else "0.20 to 0.20"
-    assert row.split("|")[-4].strip() == sigma
+    assert row.split("|")[-5].strip() == sigma
+    assert (row.split("|")[-2].strip() != "") == (label == "Smoothie in closed form")

@@ -10,6 +10,8 @@ the policy's standard deviation, from the lowest to the highest over action dime
 `saturated` is the share of the mean's components beyond 0.97 in absolute value, where the slope of
 the tanh is below 0.06. `cosine` is that of the angle between the slopes of the first two critics in
 the action, at the mean action; its mean over all states says how well they agree on what to change.
+`smoothing` is that between the first critic's slopes with the policy's noise and without; at 1 the
+noise changes nothing. Only the closed form's critic has both.
 """
 
 import sys
@@ -52,7 +54,8 @@ def value_at(qf, observations, mean, log_var):
 
 def policy_and_critics(agent, obs):
     """Return the mean and the standard deviation of the action, the first critic's value of the
-    policy, and the cosine of the angle between the slopes of the first two (1 if there is one)."""
+    policy, and two cosines: of the angle between the slopes of the first two critics (1 if there is
+    one), and between those of the first with the policy's noise and without."""
     observations = torch.as_tensor(obs, dtype=torch.float32)[None]
     with torch.no_grad():
         policy = agent.actor(observations)
@@ -62,8 +65,12 @@ def policy_and_critics(agent, obs):
     mean.requires_grad_()
     values = [value_at(qf, observations, mean, log_var) for qf in agent.qfs]
     slopes = [torch.autograd.grad(value.sum(), mean)[0] for value in values]
-    cosine = torch.cosine_similarity(slopes[0], slopes[min(1, len(slopes) - 1)])
-    return mean[0].detach().numpy(), var[0].sqrt().numpy(), values[0].item(), cosine.item()
+    cosine = torch.cosine_similarity(slopes[0], slopes[min(1, len(slopes) - 1)]).item()
+
+    value_without_noise = agent.qfs[0](observations, mean)
+    slope_without_noise = torch.autograd.grad(value_without_noise.sum(), mean)[0]
+    smoothing = torch.cosine_similarity(slopes[0], slope_without_noise).item()
+    return mean[0].detach().numpy(), var[0].sqrt().numpy(), values[0].item(), cosine, smoothing
 
 
 def discounted_sums(rewards, gamma, last):
@@ -76,24 +83,26 @@ def discounted_sums(rewards, gamma, last):
 
 def compare(args, env, agent, episodes):
     """Return the return of each episode (episodes,), and for each state the expected value, the
-    actual value, the share of saturated components of the mean and the cosine, each (states,), and
-    the policy's standard deviation (states, action_dim)."""
+    actual value, the share of saturated components of the mean and the two cosines, each (states,),
+    and the policy's standard deviation (states, action_dim)."""
     rng = np.random.default_rng(args.seed)
     returns = []
     expected = []
     actual = []
     saturated = []
     cosines = []
+    smoothings = []
     stds = []
     for episode in range(episodes):
         obs, _ = env.reset(seed=1_000 * args.seed + episode)
         rewards = []
         done = False
         while not done:
-            mean, std, value, cosine = policy_and_critics(agent, obs)
+            mean, std, value, cosine, smoothing = policy_and_critics(agent, obs)
             expected.append(value)
             saturated.append(np.mean(np.abs(mean) > SATURATED))
             cosines.append(cosine)
+            smoothings.append(smoothing)
             stds.append(std)
             action = mean + std * rng.standard_normal(len(mean), np.float32)
             obs, reward, terminated, truncated, _ = env.step(action)
@@ -102,21 +111,25 @@ def compare(args, env, agent, episodes):
         last = 0.0 if terminated else policy_and_critics(agent, obs)[2]
         actual += discounted_sums(rewards, args.gamma, last)
         returns.append(sum(rewards))
-    return tuple(map(np.array, (returns, expected, actual, saturated, cosines, stds)))
+    results = (returns, expected, actual, saturated, cosines, smoothings, stds)
+    return tuple(map(np.array, results))
 
 
 def main(args):
-    columns = "task,script,seed,steps,return,expected,actual,sigma,saturated,cosine".split(",")
+    columns = ["task", "script", "seed", "steps", "return", "expected", "actual"]
+    columns += ["sigma", "saturated", "cosine", "smoothing"]
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for run_dir in args.run_dirs:
         run_args, env, agent, step = load(run_dir)
         results = compare(run_args, env, agent, EPISODES)
-        returns, expected, actual, saturated, cosines, stds = results
+        returns, expected, actual, saturated, cosines, smoothings, stds = results
         label = LABELS.get(run_args.exp_name, run_args.exp_name)
         cells = [run_args.env_id, label, run_args.seed, f"{step:,}"]
         cells += [f"{np.mean(values):,.0f}" for values in (returns, expected, actual)]
         cells.append(f"{stds.min():.2f} to {stds.max():.2f}" if stds.any() else "")
         cells += [f"{saturated.mean():.0%}", f"{cosines.mean():.2f}"]
+        has_both = hasattr(agent.qfs[0], "smoothed")
+        cells.append(f"{smoothings.mean():.2f}" if has_both else "")
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
