@@ -163,7 +163,7 @@ def make_env(env_id, **kwargs):
         return np.clip(scaled, bounds.low, bounds.high).astype(bounds.dtype)
 
     def compressed(obs):
-        """Put what exceeds 10 on a logarithmic scale: Humanoid-v4 has thousands."""
+        """Return obs with any excess over 10 on a log scale: Humanoid-v4 reaches thousands."""
         obs = finite(obs, "an observation of the environment")
         excess = np.maximum(np.abs(obs) - 10, 0)
         return np.clip(obs, -10, 10) + np.copysign(np.log1p(excess), obs)
@@ -560,7 +560,7 @@ def load_checkpoint(run_dir, agent, buffer, rng):
     """Restore what save_checkpoint has saved, if anything. Return the step and the evaluations."""
     if not (run_dir / "checkpoint.pt").exists():
         return 0, []
-    # weights_only runs no code of the file; mmap spares the memory for a second buffer
+    # weights_only runs no code from the file; mmap saves the memory of a second buffer
     state = torch.load(run_dir / "checkpoint.pt", "cpu", weights_only=True, mmap=True)
     agent.load_state_dict(state["agent"])
     buffer.count = state["count"]
@@ -593,6 +593,7 @@ def train(args, env, eval_env, run_dir, config):
     start, evaluations = load_checkpoint(run_dir, agent, buffer, rng)
     if start > args.total_timesteps:
         sys.exit(f"--total-timesteps {args.total_timesteps}: the run has done {start} steps")
+    # Only now, so that a command that is refused leaves the old one alone.
     (run_dir / "config.json").write_text(json.dumps(config, indent=2))
     writer = SummaryWriter(run_dir, purge_step=start + 1 if start else 0)
     flags = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())

@@ -655,8 +655,7 @@ def test_value_estimates(module):
         if not is_ddpg:
             agent.actor.log_var.copy_(torch.tensor([-2.0, -1.0]))
     env = Ones()
-    results = value_estimates.compare(args, env, agent, 20)
-    returns, expected, actual, saturated, cosines, smoothings, stds = results
+    returns, actual, in_states = value_estimates.compare(args, env, agent, 20)
     assert env.seeds == list(range(3_000, 3_020)), "the starts of the run's evaluations"
     assert returns.tolist() == 10 * [5, 7]
 
@@ -673,7 +672,7 @@ def test_value_estimates(module):
             error = 5 * samples.std(0) / math.sqrt(len(samples))
             assert ((values - samples.mean(0)).abs() > error).any(), "smoothing matters"
             values = samples.mean(0)
-        assert ((torch.tensor(expected) - values).abs() < error).all()
+        assert ((torch.tensor(in_states["expected"]) - values).abs() < error).all()
         assert values.std() > 0.1
         slopes = []
         for qf in agent.qfs:
@@ -685,24 +684,25 @@ def test_value_estimates(module):
                 slopes.append(qf.action_derivatives(states, mean)[0])
         products = (slopes[0] * slopes[1]).sum(1)
         lengths = slopes[0].norm(dim=1) * slopes[1].norm(dim=1)
-        assert np.allclose(cosines, products / lengths, atol=1e-4)
-        assert -0.99 < cosines.mean() < 0.99
+        assert np.allclose(in_states["cosine"], products / lengths, atol=1e-4)
+        assert -0.99 < in_states["cosine"].mean() < 0.99
         if module is smoothie_closed_form:
             without_noise = torch.full((2,), -80.0)
             plain = agent.qfs[0].smoothed(states, mean, without_noise)[1]
-            expected_smoothings = torch.cosine_similarity(slopes[0], plain)
-            assert np.allclose(smoothings, expected_smoothings, atol=1e-4)
-            assert 0 < smoothings.mean() < 0.998
+            smoothing = torch.cosine_similarity(slopes[0], plain)
+            assert np.allclose(in_states["smoothing"], smoothing, atol=1e-4)
+            assert 0 < smoothing.mean() < 0.998
         else:
-            assert np.allclose(smoothings, 1.0)
+            assert np.allclose(in_states["smoothing"], 1.0)
         last = torch.tensor(env.obs)[None]
         last_action = agent.actor(last) if is_ddpg else agent.actor(last)[0]
 
     noise = np.array(env.actions) - mean.numpy()
     assert np.allclose(noise.std(0), std, rtol=0.2, atol=1e-6)
-    assert np.allclose(stds, np.tile(std, (len(states), 1)))
-    assert np.allclose(saturated, (mean.abs() > 0.97).float().mean(1))
-    assert 0 < saturated.mean() < 1
+    assert np.allclose(in_states["std"], np.tile(std, (len(states), 1)))
+    assert np.allclose(in_states["mean"], mean, atol=1e-5)
+    assert np.allclose(in_states["saturated"], (mean.abs() > 0.97).float().mean(1))
+    assert 0 < in_states["saturated"].mean() < 1
 
     # Five rewards after a start, then nothing; seven, then the critic's own value.
     assert np.allclose(actual[:5], (1 - 0.9 ** np.arange(5, 0, -1)) / 0.1)

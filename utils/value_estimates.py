@@ -53,9 +53,8 @@ def value_at(qf, observations, mean, log_var):
 
 
 def policy_and_critics(agent, obs):
-    """Return the mean and the standard deviation of the action, the first critic's value of the
-    policy, and two cosines: of the angle between the slopes of the first two critics (1 if there is
-    one), and between those of the first with the policy's noise and without."""
+    """Return at one state the mean and the std of the action, (action_dim,), and the columns that
+    are means over states. With one critic `cosine` is 1."""
     observations = torch.as_tensor(obs, dtype=torch.float32)[None]
     with torch.no_grad():
         policy = agent.actor(observations)
@@ -70,7 +69,15 @@ def policy_and_critics(agent, obs):
     value_without_noise = agent.qfs[0](observations, mean)
     slope_without_noise = torch.autograd.grad(value_without_noise.sum(), mean)[0]
     smoothing = torch.cosine_similarity(slopes[0], slope_without_noise).item()
-    return mean[0].detach().numpy(), var[0].sqrt().numpy(), values[0].item(), cosine, smoothing
+    mean = mean[0].detach().numpy()
+    return {
+        "mean": mean,
+        "std": var[0].sqrt().numpy(),
+        "expected": values[0].item(),
+        "saturated": np.mean(np.abs(mean) > SATURATED),
+        "cosine": cosine,
+        "smoothing": smoothing,
+    }
 
 
 def discounted_sums(rewards, gamma, last):
@@ -82,37 +89,29 @@ def discounted_sums(rewards, gamma, last):
 
 
 def compare(args, env, agent, episodes):
-    """Return the return of each episode (episodes,), and for each state the expected value, the
-    actual value, the share of saturated components of the mean and the two cosines, each (states,),
-    and the policy's standard deviation (states, action_dim)."""
+    """Return the return of each episode, (episodes,), the actual value of each state, (states,),
+    and what policy_and_critics returns, with a first dimension of states."""
     rng = np.random.default_rng(args.seed)
     returns = []
-    expected = []
     actual = []
-    saturated = []
-    cosines = []
-    smoothings = []
-    stds = []
+    states = []
     for episode in range(episodes):
         obs, _ = env.reset(seed=1_000 * args.seed + episode)
         rewards = []
         done = False
         while not done:
-            mean, std, value, cosine, smoothing = policy_and_critics(agent, obs)
-            expected.append(value)
-            saturated.append(np.mean(np.abs(mean) > SATURATED))
-            cosines.append(cosine)
-            smoothings.append(smoothing)
-            stds.append(std)
-            action = mean + std * rng.standard_normal(len(mean), np.float32)
+            state = policy_and_critics(agent, obs)
+            states.append(state)
+            mean = state["mean"]
+            action = mean + state["std"] * rng.standard_normal(len(mean), np.float32)
             obs, reward, terminated, truncated, _ = env.step(action)
             rewards.append(reward)
             done = terminated or truncated
-        last = 0.0 if terminated else policy_and_critics(agent, obs)[2]
+        last = 0.0 if terminated else policy_and_critics(agent, obs)["expected"]
         actual += discounted_sums(rewards, args.gamma, last)
         returns.append(sum(rewards))
-    results = (returns, expected, actual, saturated, cosines, smoothings, stds)
-    return tuple(map(np.array, results))
+    in_states = {name: np.array([state[name] for state in states]) for name in states[0]}
+    return np.array(returns), np.array(actual), in_states
 
 
 def main(args):
@@ -121,15 +120,17 @@ def main(args):
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for run_dir in args.run_dirs:
         run_args, env, agent, step = load(run_dir)
-        results = compare(run_args, env, agent, EPISODES)
-        returns, expected, actual, saturated, cosines, smoothings, stds = results
+        returns, actual, in_states = compare(run_args, env, agent, EPISODES)
+        stds = in_states["std"]
         label = LABELS.get(run_args.exp_name, run_args.exp_name)
         cells = [run_args.env_id, label, run_args.seed, f"{step:,}"]
-        cells += [f"{np.mean(values):,.0f}" for values in (returns, expected, actual)]
+        for values in (returns, in_states["expected"], actual):
+            cells.append(f"{values.mean():,.0f}")
         cells.append(f"{stds.min():.2f} to {stds.max():.2f}" if stds.any() else "")
-        cells += [f"{saturated.mean():.0%}", f"{cosines.mean():.2f}"]
+        cells.append(f"{in_states['saturated'].mean():.0%}")
+        cells.append(f"{in_states['cosine'].mean():.2f}")
         has_both = hasattr(agent.qfs[0], "smoothed")
-        cells.append(f"{smoothings.mean():.2f}" if has_both else "")
+        cells.append(f"{in_states['smoothing'].mean():.2f}" if has_both else "")
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
