@@ -1,9 +1,10 @@
-"""What the tests share: the scripts, short runs in this process or in one of their own."""
+"""What the tests share: the scripts, short runs in this process or their own, quadrature."""
 
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -62,6 +63,14 @@ def scalars(run_dir):
     events.Reload()
     keys = set(events.Tags()["scalars"]) - {"charts/SPS"}
     return {key: [(e.step, e.value) for e in events.Scalars(key)] for key in keys}
+
+
+def gauss_hermite(order, dim=1):
+    """Nodes (order^dim, dim) and weights (order^dim,) of an expectation under N(0, I)."""
+    x, w = np.polynomial.hermite_e.hermegauss(order)
+    nodes = np.stack(np.meshgrid(*[x] * dim, indexing="ij"), -1).reshape(-1, dim)
+    w = np.stack(np.meshgrid(*[w / w.sum()] * dim, indexing="ij"), -1).reshape(-1, dim)
+    return torch.tensor(nodes), torch.tensor(w.prod(1))
 
 
 def pytest_generate_tests(metafunc):

@@ -15,18 +15,9 @@ import ddpg_continuous
 import smoothie_closed_form
 import smoothie_continuous
 import smoothie_no_kl
-from tests.conftest import ROOT, agent_class, run, scalars
+from tests.conftest import ROOT, agent_class, gauss_hermite, run, scalars
 
 OBS_DIM, ACTION_DIM, BATCH = 17, 6, 16
-
-
-def gauss_hermite(order, dim):
-    """Nodes (order^dim, dim) and weights of an expectation under N(0, I)."""
-    x, w = np.polynomial.hermite_e.hermegauss(order)
-    x, w = torch.tensor(x), torch.tensor(w / w.sum())
-    nodes = torch.cartesian_prod(*[x] * dim).reshape(-1, dim)
-    weights = torch.cartesian_prod(*[w] * dim).reshape(-1, dim).prod(1)
-    return nodes, weights
 
 
 class Plain:

@@ -106,13 +106,39 @@ def test_killed_in_the_middle_of_writing(script, monkeypatch):
     assert_same_run("killed", whole)
 
 
-def test_a_compiled_run_resumes():
+def test_a_compiled_run_resumes_and_makes_the_same_updates_as_without():
     flags = {"compile": True, "total_timesteps": 250, "eval_frequency": 51}
     flags["env_id"] = "tests.fake_envs:Recorder-v0"  # with episodes of 5 and 7 steps in turn
     whole = run(smoothie_closed_form, run_dir="whole", **flags)
     run(smoothie_closed_form, run_dir="longer", **flags | {"total_timesteps": 204})
     run(smoothie_closed_form, run_dir="longer", **flags)
     assert_same_run("longer", whole)
+
+    run(smoothie_closed_form, run_dir="plain", **flags | {"compile": False})
+    for name in ("whole", "plain"):
+        agent = load(f"{name}/checkpoint.pt")["agent"]
+        steps = [agent[f"{key}_optimizer.steps"].item() for key in ("q", "actor")]
+        assert steps == [150, 75]
+    compiled, plain = (dict(scalars(name)["losses/qf1_loss"])[200] for name in ("whole", "plain"))
+    assert compiled == pytest.approx(plain, rel=1e-3)
+
+
+def test_how_often_a_run_writes_checkpoints(script, monkeypatch):
+    """At the first end of an episode after 30 more steps, and at the end of the run."""
+    steps = []
+    save = torch.save
+
+    def record(state, path):
+        if "step" in state:
+            steps.append(state["step"])
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", record)
+    flags = {"env_id": "tests.fake_envs:Recorder-v0", "checkpoint_frequency": 30}
+    run(script, run_dir="run", **flags, total_timesteps=130)
+    run(script, run_dir="run", **flags, total_timesteps=200)
+    # episodes end at 5, 12, 17, 24, ..., and where a run is extended an episode begins
+    assert steps == [36, 72, 108, 130, 166, 200]
 
 
 def test_ctrl_c_ends_with_one_line_that_says_how_to_resume():
@@ -134,13 +160,16 @@ def test_ctrl_c_ends_with_one_line_that_says_how_to_resume():
 def test_a_finished_run_stays_as_it_is_and_can_become_longer():
     """With a buffer that has wrapped around, and a task whose episodes end where the run does."""
     flags = {"env_id": "tests.fake_envs:Recorder-v0", "buffer_size": 150, "total_timesteps": 360}
-    run(smoothie_continuous, run_dir="run", **flags)
-    before = {path: path.read_bytes() for path in Path("run").glob("*.[cp][st]*")}
-    run(smoothie_continuous, run_dir="run", track=False, **flags)
-    assert {path: path.read_bytes() for path in before} == before and len(before) == 3
+    run(smoothie_continuous, **flags).rename("run")  # a run that was given no folder
+    names = ("checkpoint.pt", "policy.pt", "evaluations.csv")
+    before = {name: Path("run", name).read_bytes() for name in names}
+    run_id = json.loads(Path("run/config.json").read_text())["run_id"]
+    run(smoothie_continuous, run_dir="run", wandb_project_name="other", **flags)
+    assert {name: Path("run", name).read_bytes() for name in names} == before
 
     flags["total_timesteps"] = 480
     run(smoothie_continuous, run_dir="run", checkpoint_frequency=7, **flags)
+    assert json.loads(Path("run/config.json").read_text())["run_id"] == run_id
     whole = run(smoothie_continuous, run_dir="whole", **flags)
     rows = Path("run/evaluations.csv").read_text().splitlines()
     without_360 = [row for row in rows if not row.startswith("360,")]
@@ -210,7 +239,7 @@ def test_a_run_that_starts_over_keeps_the_new_script():
     copied = run_dir / "smoothie_continuous.py"
     copied.write_text("# mine")
     run(smoothie_continuous, run_dir="run")
-    assert copied.read_text() == "# mine"  # of what made the checkpoint
+    assert copied.read_text() == "# mine"  # the copy stays the script that made the checkpoint
     (run_dir / "checkpoint.pt").unlink()
     run(smoothie_continuous, run_dir="run")
     assert copied.read_text() == Path(smoothie_continuous.__file__).read_text()

@@ -55,9 +55,9 @@ class Trained:
                 test.agent = self
                 with torch.no_grad():
                     self.actor.fc_mean.weight *= 0.1  # so that noise finds both bounds
-                    self.actor.fc_mean.bias += 0.2  # another policy than the target's
+                    self.actor.fc_mean.bias += 0.2  # so that the policy is not its target
                     if hasattr(self.actor, "log_var"):
-                        self.actor.log_var -= torch.tensor([0.5, 1.0])  # and than at the start
+                        self.actor.log_var -= torch.tensor([0.5, 1.0])  # nor the initial policy
 
             def update_critics(self, *batch):
                 test.batches.append(batch)
@@ -136,8 +136,8 @@ def test_what_reaches_the_environment_and_the_buffer(trained):
 
 def test_smoothie_explores_with_gaussian_noise_and_remembers_it(smoothie, monkeypatch):
     """Mean and phi are those of the actor now, not of its target or of the start."""
-    trained = Trained(smoothie, monkeypatch, log_var_init=-1.5)
-    factor = smoothie.Args.exploration
+    factor = 1.3
+    trained = Trained(smoothie, monkeypatch, log_var_init=-1.5, exploration=factor)
     std = np.array([math.exp(-1.0), math.exp(-1.25)])
     means = trained.mean_action(trained.obs)
     noise = (trained.actions - means)[WARM_UP:]
@@ -157,12 +157,12 @@ def test_smoothie_explores_with_gaussian_noise_and_remembers_it(smoothie, monkey
 
 
 def test_ddpg_explores_with_ornstein_uhlenbeck_noise_anew_in_each_episode(monkeypatch):
-    trained = Trained(ddpg_continuous, monkeypatch, ou_theta=0.15, ou_sigma=0.2)
+    trained = Trained(ddpg_continuous, monkeypatch, ou_theta=0.3, ou_sigma=0.2)
     noise = (trained.actions - trained.mean_action(trained.obs))[WARM_UP:]
     first = np.isin(np.arange(STEPS - WARM_UP) % 12, [0, 5])
     before = np.vstack([np.zeros(2), noise[:-1]])
     before[first] = 0.0
-    innovations = noise - 0.85 * before
+    innovations = noise - 0.7 * before
     assert innovations.std(0) == pytest.approx(0.2, rel=0.12)
     assert np.abs(np.corrcoef(np.hstack([innovations, before]).T) - np.eye(4)).max() < 0.2
 
@@ -388,7 +388,7 @@ def test_diverged_training_is_blamed_on_training(script, monkeypatch, what):
 
     monkeypatch.setattr(script, agent_class(script).__name__, Agent)
     with pytest.raises(SystemExit, match="training has diverged"):
-        run(script)
+        run(script, eval_frequency=101)  # an evaluation meets the weight before anything else
     (run_dir,) = Path("runs").iterdir()
     policy = torch.load(run_dir / "policy.pt", weights_only=True)
     assert all(value.isfinite().all() for value in policy.values())
@@ -437,6 +437,30 @@ def test_bad_input_gets_one_sentence(script, flags, sentence):
         run(script, **flags)
     assert re.fullmatch(f"{sentence}.*", str(error.value)), error.value
     assert os.listdir() == [], "refused before anything is written"
+
+
+def test_phantom_actions_refuse_a_behaviour_narrower_than_the_policy(smoothie):
+    with pytest.raises(SystemExit, match=r"^--exploration is below 1$"):
+        run(smoothie, exploration=0.9)
+    assert os.listdir() == []
+
+
+def test_a_critic_with_wrong_derivatives_stops_the_run(script, monkeypatch):
+    """Wrong by 1% in the gradient."""
+    name = {smoothie_closed_form: "smoothed", ddpg_continuous: "action_gradient"}
+    name = name.get(script, "action_derivatives")
+    right = getattr(script.QNetwork, name)
+
+    def wrong(self, observations, actions, *log_var):
+        found = right(self, observations, actions, *log_var)
+        if script is ddpg_continuous:
+            return 1.01 * found
+        *value, gradient, hessian = found
+        return *value, 1.01 * gradient, hessian
+
+    monkeypatch.setattr(script.QNetwork, name, wrong)
+    with pytest.raises(AssertionError, match="Change both together"):
+        run(script)
 
 
 def test_a_task_without_a_version_is_recorded_with_it():
@@ -534,8 +558,8 @@ def test_same_shared_code():
         assert code_of(getattr(smoothie_no_kl, name)) == code_of(getattr(first, name)), name
 
 
-ACTING = r"wider than|by the policy|mean = action|std = np.full|std \*= args|buffer.add"
-DDPGS_OWN = r"noise|, std = |action = mean|Smoothie\(|DDPG\(|log_losses\("
+ACTING = r"wider than|by the policy|mean = action|std = np.full|buffer.add"
+DDPGS_OWN = r"noise|, std = |std \*= args|action = mean|Smoothie\(|DDPG\(|log_losses\("
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,11 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
 import smoothie_toy_bandit as toy
+from tests.conftest import gauss_hermite
 
 
 def normal_pdf(x, mean, var):
@@ -20,9 +20,8 @@ def critic(seeds):
 
 
 def test_smoothed_reward_by_quadrature(float64):
-    noise, weights = np.polynomial.hermite_e.hermegauss(200)
-    noise = torch.tensor(noise)
-    weights = torch.tensor(weights / weights.sum())
+    nodes, weights = gauss_hermite(200)
+    noise = nodes[:, 0]
     for a, std in [(-1.0, 1.0), (0.3, 0.7), (1.2, 0.4)]:
         rewards = toy.reward(a + std * noise)
         found = torch.stack(toy.smoothed_reward(torch.tensor(a), std**2))
@@ -119,6 +118,13 @@ def test_figure_2_the_others_stay(method):
     path = toy.train(toy.Args(seeds=4), method)
     assert not toy.escaped(path).any()
     assert (path[:, :, 1] == toy.STD_INIT).all() == (method == "ddpg")
+
+
+def test_the_papers_form_works_with_weights_or_after_many_uniform_actions():
+    """On most seeds; without either, on none."""
+    args = toy.Args(seeds=6)
+    assert toy.escaped(toy.train(args, "paper, weights 1/q")).sum() >= 4
+    assert toy.escaped(toy.train(args, "paper", uniform=20_000)).sum() >= 4
 
 
 def test_exact_flow_narrows_widens_and_narrows():

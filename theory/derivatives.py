@@ -168,6 +168,16 @@ def estimates(args, covariance):
     }
 
 
+def deviation_and_bias(found, exact):
+    """Return the standard deviation and the size of the bias of estimates (runs, ...) of exact.
+
+    Both are relative to the size of exact.
+    """
+    bias = (found.mean(0) - exact).norm() / exact.norm()
+    variance = (found - found.mean(0)).flatten(1).square().sum(1).mean()
+    return (variance.sqrt() / exact.norm()).item(), bias.item()
+
+
 def main(args):
     torch.set_num_threads(1)
     scales = (1.0, 0.3, 0.1)
@@ -178,10 +188,8 @@ def main(args):
         hessian = torch.func.hessian(smoothed_reward)(MEAN, covariance)
         for name, found in estimates(args, covariance).items():
             for x, exact in zip(found, (gradient, hessian), strict=True):
-                bias = (x.mean(0) - exact).norm() / exact.norm()
-                variance = (x - x.mean(0)).flatten(1).square().sum(1).mean()
-                cell = f"{variance.sqrt() / exact.norm():.2f} ({bias:.2f})"
-                rows.setdefault(name, []).append(cell)
+                deviation, bias = deviation_and_bias(x, exact)
+                rows.setdefault(name, []).append(f"{deviation:.2f} ({bias:.2f})")
     heads = [f"{name}, {scale:g} σ" for scale in scales for name in ("gradient", "Hessian")]
     print("| estimator | " + " | ".join(heads) + " |")
     print("|---" * (len(heads) + 1) + "|")

@@ -228,7 +228,7 @@ def square_root(matrix):
 def exact_phantom(args, b, qf):
     """(18) at exact phantom actions, a given a~: see README.
 
-    a ~ N(m + (I - K)(a~ - m), (I - K) Sigma) with K = Sigma S^-1, where a~ ~ N(m, S).
+    a ~ N(m + R (a~ - m), R Sigma), R = I - Sigma B^-1, where the behaviour is a~ ~ N(m, B).
     """
     rest = np.eye(2) - b.covariance @ np.linalg.inv(b.behaviour_covariance)
     center = b.mean + (b.a - b.mean) @ rest.swapaxes(1, 2)
