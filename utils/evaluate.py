@@ -89,7 +89,8 @@ def main(args):
                 episode_trigger=lambda episode: episode == 0,
             )
         else:
-            env = script.make_env(run_args.env_id, render_mode="human" if args.watch else None)
+            how = {"render_mode": "human"} if args.watch else {}  # some tasks take no render_mode
+            env = script.make_env(run_args.env_id, **how)
         if args.noise:
             env = add_noise(env, args.noise, run_args.seed)
 

@@ -25,6 +25,7 @@ from runs import (
     final_returns,
     in_order,
     longest,
+    published_for,
     ratio_interval,
     read_noise,
     read_published,
@@ -94,10 +95,10 @@ def mean_curve(runs):
 
 
 def draw_public(axis, task, published):
-    """Draw the horizontal lines of a task, whatever its version."""
-    for row in published:
+    """Draw the horizontal lines of a task."""
+    for row in published_for(task, published):
         style = PUBLIC_STYLES.get((row["algorithm"], row["source"]))
-        if style and task.startswith(row["task"] + "-"):
+        if style:
             steps = f"{int(row['steps']):,} steps"
             label = f"{row['algorithm']} after {steps} ({row['source']}, {row['version']})"
             axis.axhline(float(row["return"]), **style, linewidth=1.2, label=label)

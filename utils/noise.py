@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 from evaluate import add_noise, load_actor, load_script
+from runs import read_run
 
 STDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 COLUMNS = ("task", "exp_name", "seed", "noise", "return")
@@ -27,6 +28,14 @@ COLUMNS = ("task", "exp_name", "seed", "noise", "return")
 class Args:
     run_dirs: tyro.conf.Positional[tuple[Path, ...]]  # run folders
     episodes: int = 20  # episodes for each standard deviation
+
+
+def is_unfinished(run_dir):
+    """Return whether a run has steps left. A folder with a policy only has none."""
+    if not (run_dir / "evaluations.csv").exists():
+        return False
+    run = read_run(run_dir)
+    return run.steps[-1] < run.config["total_timesteps"]
 
 
 def returns_under_noise(run_dir, episodes):
@@ -48,6 +57,9 @@ def main(args):
     writer = csv.writer(sys.stdout)
     writer.writerow(COLUMNS)
     for run_dir in args.run_dirs:
+        if is_unfinished(run_dir):
+            print(f"{run_dir}: left out, as the run has not finished", file=sys.stderr)
+            continue
         writer.writerows(returns_under_noise(run_dir, args.episodes))
         sys.stdout.flush()
 

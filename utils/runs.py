@@ -57,7 +57,9 @@ class Run:
         return self.returns.mean()
 
     def swings(self):
-        """Mean absolute change from one evaluation to the next, over the mean return."""
+        """Mean absolute change from one evaluation to the next, over the mean return, or nan."""
+        if len(self.returns) < 2:
+            return math.nan
         return np.abs(np.diff(self.returns)).mean() / abs(self.returns.mean())
 
 
@@ -122,7 +124,7 @@ def span(numbers):
 
 
 def read_published(last_step):
-    """Return the rows of published.csv, in any version of a task, to compare runs with.
+    """Return the rows of published.csv to compare runs with.
 
     They are those after the least published number of steps that is no less than last_step.
     """
@@ -131,6 +133,11 @@ def read_published(last_step):
     published_steps = sorted({int(row["steps"]) for row in rows})
     steps = min((n for n in published_steps if n >= last_step), default=published_steps[-1])
     return [row for row in rows if int(row["steps"]) == steps]
+
+
+def published_for(task, rows):
+    """Return those of the published rows that are of a task: of v4 only, as v5 has other robots."""
+    return [row for row in rows if task == f"{row['task']}-v4"]
 
 
 def read_noise(path):

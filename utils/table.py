@@ -25,6 +25,7 @@ from runs import (
     interquartile_mean,
     longest,
     probability_of_improvement,
+    published_for,
     read_noise,
     read_published,
     read_runs,
@@ -60,6 +61,11 @@ def with_spread(values):
     return f"{np.mean(values):,.0f} ± {np.std(values, ddof=1):,.0f}"
 
 
+def percent(value):
+    """Return the value as a percentage, or nothing for nan."""
+    return "" if np.isnan(value) else f"{value:.0%}"
+
+
 def interval(ends, number=",.0f"):
     """Return "low to high", or nothing where there is no interval."""
     low, high = (float(end) for end in ends)
@@ -77,14 +83,9 @@ def with_bootstrap(statistic, *samples):
     return with_interval(statistic(*samples), ends, ".2f")
 
 
-def public_rows(task, published):
-    """Return the published rows of a task, whatever its version."""
-    return [row for row in published if task.startswith(row["task"] + "-")]
-
-
 def public_return(task, published, public=PUBLIC):
     """Return what PUBLIC or another source has for a task, (mean, standard deviation), or None."""
-    for row in public_rows(task, published):
+    for row in published_for(task, published):
         if all(row[key] == value for key, value in public.items()):
             return float(row["return"]), float(row["spread"])
     return None
@@ -96,23 +97,24 @@ def print_summary(data, published, baseline):
     seeds = span([len(runs) for runs in all_runs])
     steps = span([int(run.steps[-1]) for runs in all_runs for run in runs])
     print(f"### {steps} steps, {seeds} seed{'' if seeds == '1' else 's'}\n")
-    columns = [
-        "interquartile mean of return / {algorithm}'s return ({source})".format(**PUBLIC),
-        f"probability of a higher return than {LABELS.get(baseline, baseline)}",
-    ]
+    print("Mean return in the last fifth of the steps ± standard deviation over seeds\n")
+    public = {task: public_return(task, published) for task in data}
+    columns = [f"probability of a higher return than {LABELS.get(baseline, baseline)}"]
+    if all(public.values()):
+        over = "interquartile mean of return / {algorithm}'s return ({source})".format(**PUBLIC)
+        columns.insert(0, over)
     print_header("", *data, *columns)
 
     def samples(name):
         return [final_returns(scripts[name]) for scripts in data.values() if name in scripts]
 
-    public = {task: public_return(task, published) for task in data}
     for name in names:
         returns = [
             with_spread(final_returns(scripts[name])) if name in scripts else ""
             for scripts in data.values()
         ]
 
-        # The last two columns need every task, lest a script gain from what it leaves out.
+        # The last columns need every task, lest a script gain from what it leaves out.
         relative = ""
         better = ""
         is_complete = all(returns)
@@ -123,23 +125,24 @@ def print_summary(data, published, baseline):
             relative = with_bootstrap(interquartile_mean, scores)
         if is_complete and name != baseline and len(samples(baseline)) == len(data):
             better = with_bootstrap(probability_of_improvement, samples(name), samples(baseline))
-        print_row(f"**{LABELS.get(name, name)}**", *returns, relative, better)
+        statistics = [relative, better][-len(columns) :]
+        print_row(f"**{LABELS.get(name, name)}**", *returns, *statistics)
 
     label = "{algorithm}, {source} ({version}, {steps:,} steps)"
     published_steps = int(published[0]["steps"])
     for source in (PUBLIC, TD3_BY_ITS_AUTHOR):
         td3_returns = [public_return(task, published, source) for task in data]
         spreads = ["{:,.0f} ± {:,.0f}".format(*td3) if td3 else "" for td3 in td3_returns]
-        print_row(label.format(**source, steps=published_steps), *spreads, "", "")
+        if any(td3_returns):
+            empty = [""] * len(columns)
+            print_row(label.format(**source, steps=published_steps), *spreads, *empty)
     print()
 
 
 def print_task(task, scripts, published, baseline):
     print(f"### {task}\n")
     minus = f"minus {LABELS.get(baseline, baseline)}, 95% interval"
-    print_header(
-        "", "seeds", "steps", "return", "95% interval", minus, "area", "swings", "best evaluation"
-    )
+    print_header("", "seeds", "steps", "return", "95% interval", minus, "area", "swings")
     returns = {name: final_returns(runs) for name, runs in scripts.items()}
     for name, runs in scripts.items():
         difference = ""
@@ -155,10 +158,9 @@ def print_task(task, scripts, published, baseline):
             interval(t_interval(returns[name])),
             difference,
             f"{np.mean([run.area() for run in runs]):,.0f}",
-            f"{np.mean([run.swings() for run in runs]):.0%}",
-            f"{max(run.returns.max() for run in runs):,.0f}",
+            percent(np.mean([run.swings() for run in runs])),
         )
-    for row in public_rows(task, published):
+    for row in published_for(task, published):
         spread = f" ± {int(row['spread']):,}" if row["spread"] else ""
         print_row(
             f"{row['algorithm']}, {row['source']} ({row['version']}, {row['metric']})",
@@ -168,8 +170,7 @@ def print_task(task, scripts, published, baseline):
             "",
             "",
             f"{int(row['area']):,}" if row["area"] else "",
-            f"{float(row['swings']):.0%}" if row["swings"] else "",
-            "",
+            percent(float(row["swings"] or np.nan)),
         )
     print()
 

@@ -8,10 +8,10 @@ without for DDPG, as its critic assumes. `expected` is the first critic's value 
 limit the critic's own value stands for the rewards to come, which brings the two closer. `sigma` is
 the policy's standard deviation, from the lowest to the highest over action dimensions and states.
 `saturated` is the share of the mean's components beyond 0.97 in absolute value, where the slope of
-the tanh is below 0.06. `cosine` is that of the angle between the slopes of the first two critics in
-the action, at the mean action; its mean over all states says how well they agree on what to change.
-`smoothing` is that between the first critic's slopes with the policy's noise and without; at 1 the
-noise changes nothing. Only the closed form's critic has both.
+the tanh is below 0.06. `cosine` is that of the angle between the gradients of the first two critics
+in the action, at the mean action; its mean over all states says how well they agree on what to
+change. `smoothing` is that between the first critic's gradients with the policy's noise and
+without; at 1 both have the same direction. Only the closed form's critic has both.
 """
 
 import sys
@@ -119,6 +119,9 @@ def main(args):
     columns += ["sigma", "saturated", "cosine", "smoothing"]
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for run_dir in args.run_dirs:
+        if not (run_dir / "checkpoint.pt").exists():
+            print(f"{run_dir}: left out, as it has no checkpoint.pt", file=sys.stderr)
+            continue
         run_args, env, agent, step = load(run_dir)
         returns, actual, in_states = compare(run_args, env, agent, EPISODES)
         stds = in_states["std"]
