@@ -5,9 +5,10 @@ with Gaussian noise around it:
 
     Q~(s, a) = E[Q(s, a~)],  a~ ~ N(a, Sigma)                                               (9)
 
-At a = mu(s), its gradient and half its Hessian with respect to the action are the exact gradients
-of the expected return with respect to the mean and the covariance of the policy pi(.|s) =
-N(mu_theta(s), Sigma_phi). So the policy learns how widely to explore:
+At a = mu(s), averaged over the states that the policy visits, its gradient and half its Hessian
+with respect to the action are the exact gradients of the expected return with respect to the mean
+and the covariance of the policy pi(.|s) = N(mu_theta(s), Sigma_phi). So the policy learns how
+widely to explore:
 
     grad_theta O = E_s[ dQ~/da at mu(s), times grad_theta mu(s) ]                          (13)
     grad_phi   O = E_s[ 1/2 d2Q~/da2 at mu(s), times grad_phi Sigma ]                (14), (15)
@@ -15,12 +16,14 @@ N(mu_theta(s), Sigma_phi). So the policy learns how widely to explore:
 
 Q~ is learned from replayed (s, a~, r, s') with targets r + gamma Q~'(s', mu'(s')), fitted at a
 phantom action a such that a~ given a is N(a, Sigma), as the smoothed Bellman equation (12) asks.
-The replayed a~ was drawn from N(m, S), wider than the policy by the factor args.exploration. That
-is the same as a ~ N(m, S - Sigma) followed by a~ ~ N(a, Sigma), so the posterior of a given a~ is
+The replayed a~ was drawn from N(m, S): m was the policy's mean, and S its covariance times
+args.exploration^2. That is the same as a ~ N(m, S - Sigma) followed by a~ ~ N(a, Sigma), so the
+posterior of a given a~ is
 
     a ~ N(m + (1 - k) (a~ - m), (1 - k) Sigma),  k = Sigma / S, at most 1
 
-In a near-uniform buffer k is 0 and a ~ N(a~, Sigma), the phantom action of the paper (18).
+The random first actions count as S = infinity. For them k is 0 and a ~ N(a~, Sigma), the phantom
+action of the paper (18), which takes the buffer to be near-uniform.
 
     theta       the actor's layers    theta', phi', w'  target_actor, target_qfs
     phi         actor.log_var         mu_theta, phi     actor(observations)
@@ -90,7 +93,7 @@ class Args:
     total_timesteps: int = 1_000_000  # environment steps
     learning_starts: int = 10_000  # initial steps with random actions and no updates
     buffer_size: int = 1_000_000  # transitions that the replay buffer keeps
-    batch_size: int = 128  # transitions in each of the two batches of an update
+    batch_size: int = 128  # transitions in a batch; the critics and the policy draw their own
     gamma: float = 0.99  # discount factor (Section 2.1)
     tau: float = 0.005  # rate of the Polyak averages theta', phi', w'
     policy_lr: float = 3e-4  # learning rate of theta, by Adam
@@ -104,7 +107,7 @@ class Args:
     log_var_lr: float = 0.03  # learning rate of phi, by gradient ascent; divided by value_scale
     kl_coef: float = 1e-5  # weight of the KL penalty; times value_scale it is lambda of (20)
 
-    eval_frequency: int = 5_000  # environment steps between two evaluations of the mean action
+    eval_frequency: int = 5_000  # environment steps between two evaluations, without noise
     eval_episodes: int = 10  # episodes of each evaluation
 
 
@@ -117,7 +120,9 @@ def check(args):
         (args.batch_size <= args.buffer_size, "--buffer-size is below --batch-size"),
         (args.batch_size <= args.learning_starts, "--learning-starts is below --batch-size"),
         (args.learning_starts < args.total_timesteps, "--total-timesteps is <= --learning-starts"),
-        (args.exploration >= 1, "--exploration is below 1"),
+        (args.policy_delay >= 1, "--policy-delay is below 1"),
+        (args.log_var_min <= args.log_var_init <= 0, "--log-var-init is not in [--log-var-min, 0]"),
+        (args.exploration >= 1, "--exploration is below 1: phantom actions need S >= Sigma"),
     ]:
         if not valid:
             sys.exit(problem)
@@ -152,10 +157,11 @@ def make_env(env_id, **kwargs):
 
     bounds = env.action_space
     is_vector = isinstance(bounds, gym.spaces.Box) and len(bounds.shape) == 1
+    is_vector = is_vector and bounds.dtype.kind == "f"
     with np.errstate(over="ignore", invalid="ignore"):
         is_bounded = is_vector and np.isfinite(bounds.high - bounds.low).all()
     if not (is_bounded and env.observation_space.is_np_flattenable):
-        needs = "needs a bounded 1-D Box of actions and observations that flatten to a vector"
+        needs = "needs a bounded 1-D Box of float actions and observations that flatten to a vector"
         sys.exit(f"--env-id {env_id}: {needs}, not {bounds} and {env.observation_space}")
 
     def to_bounds(action):
@@ -201,7 +207,8 @@ class Actor(nn.Module):
         """Return the policy's mean and sigma at one observation, NumPy arrays (action_dim,)."""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.fc_mean.bias.device)
         mean, log_var = self(obs)
-        return mean.cpu().numpy(), (0.5 * log_var).exp().cpu().numpy()
+        std = (0.5 * log_var).exp()
+        return mean.cpu().numpy(), std.cpu().numpy()
 
 
 class QNetwork(nn.Module):
@@ -362,7 +369,7 @@ class Smoothie(nn.Module):
             "losses/actor_loss": loss.detach(),
             "losses/kl": kl.detach(),
             "losses/hessian": hessian.mean(),
-            "losses/value_scale": self.value_scale,
+            "losses/value_scale": self.value_scale.clone(),
         }
 
     def update_critics(
@@ -403,8 +410,8 @@ def compile_updates(device, *updates):
     try:
         torch.compile(torch.sin)(torch.zeros(8, device=device))
     except Exception as error:  # no C++ compiler, say
-        reason = type(error).__name__
-        print(f"cannot compile ({reason}): updates will be slower", file=sys.stderr)
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"cannot compile, so updates will be slower: {reason}", file=sys.stderr)
         return updates
     print("the first updates compile for a minute or more; --no-compile avoids this", flush=True)
     torch._dynamo.config.trace_autograd_ops = True  # the gradients belong to the graph
@@ -439,13 +446,20 @@ def make_run_dir(name):
             run_dir = Path("runs", f"{name}-{number}")
 
 
+def is_finished(run_dir, config):
+    """Return whether the run has been evaluated at its last step."""
+    path = run_dir / "evaluations.csv"
+    return path.exists() and f"\n{config['total_timesteps']}," in path.read_text()
+
+
 def start_run(args, task):
     """Return the run folder, with this script in it, and the config to write there.
 
     Exit if the folder holds a run of another script, or with flags that must not change.
     """
     config = asdict(args) | {"task": task, "script": Path(__file__).name}
-    config["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
+    installed = {package.name: package.version for package in importlib.metadata.distributions()}
+    config["versions"] = {name: installed.get(name) for name in PACKAGES}
     config["run_id"] = uuid.uuid4().hex  # names the run on Weights & Biases
     if args.run_dir is None:
         name = f"{task}__{args.exp_name}__{args.seed}__{time.time():.0f}"
@@ -463,6 +477,8 @@ def start_run(args, task):
         if fixed:
             sys.exit(f"--run-dir {run_dir}: this run used a different {', '.join(fixed)}")
         config["run_id"] = old["run_id"]
+        if is_finished(run_dir, old) and not (run_dir / "checkpoint.pt").exists():
+            sys.exit(f"--run-dir {run_dir}: this run has finished, and its checkpoint is gone")
     if not (run_dir / "checkpoint.pt").exists():  # a run that starts over may have a new script
         (run_dir / config["script"]).write_bytes(Path(__file__).read_bytes())
     print(f"run folder: {run_dir}", flush=True)
@@ -497,7 +513,7 @@ def make_eval_env(args, run_dir):
 
 
 def evaluate(actor, env, args):
-    """Return the undiscounted return and the length of each episode of the mean action."""
+    """Return the undiscounted return and the length of each episode, acting without noise."""
     results = []
     for episode in range(args.eval_episodes):
         obs, _ = env.reset(seed=1_000 * args.seed + episode)
@@ -518,7 +534,7 @@ def evaluate(actor, env, args):
 
 
 def record_evaluation(step, agent, env, args, run_dir, evaluations, writer):
-    """Evaluate the mean action, add the results to evaluations, and write them and the policy."""
+    """Evaluate without noise, add the results to evaluations, and write them and the policy."""
     if args.capture_video:
         env.name_prefix = f"step-{step}"
     results = evaluate(agent.actor, env, args)
@@ -561,7 +577,7 @@ def save_checkpoint(run_dir, step, agent, buffer, rng, evaluations):
         "rows": torch.from_numpy(buffer.rows[: buffer.count]),
         "rng": json.dumps(rng.bit_generator.state),
         "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all()[:1],  # of the GPU in use, if any
+        "cuda_rng": [torch.cuda.get_rng_state()] if buffer.device.type == "cuda" else [],
         "evaluations": evaluations,
     }
     save(state, run_dir / "checkpoint.pt")
@@ -659,7 +675,7 @@ def train(args, env, eval_env, run_dir, config):
             steps_per_second = (step - start) / (time.perf_counter() - clock)
             writer.add_scalar("charts/SPS", steps_per_second, step)
 
-        # Evaluate the mean action.
+        # Evaluate without noise.
         if step % args.eval_frequency == 0 or step == args.total_timesteps:
             record_evaluation(step, agent, eval_env, args, run_dir, evaluations, writer)
 

@@ -158,6 +158,10 @@ class Square(Recorder):
     action_space = gym.spaces.Box(-1.0, 1.0, (2, 2), np.float32)
 
 
+class Integers(Recorder):
+    action_space = gym.spaces.Box(-2, 2, (2,), np.int32)
+
+
 class Sequence(Recorder):
     observation_space = gym.spaces.Sequence(gym.spaces.Box(-9.0, 9.0, (3,)))
 
@@ -176,7 +180,7 @@ class Filmed(Recorder):
 
 
 TASKS = (Recorder, InPlace, Arrays, Strict, StrictDouble, Dict, Owner, Faulty, Filmed)
-REFUSED = (Discrete, Unbounded, Overflowing, Square, Sequence)
+REFUSED = (Discrete, Unbounded, Overflowing, Square, Integers, Sequence)
 for task in TASKS + REFUSED:
     gym.register(f"{task.__name__}-v0", entry_point=task, max_episode_steps=7)
 for where, value in [("reset", np.nan), ("observation", np.nan), ("reward", np.inf)]:

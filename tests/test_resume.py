@@ -241,8 +241,25 @@ def test_a_run_that_starts_over_keeps_the_new_script():
     run(smoothie_continuous, run_dir="run")
     assert copied.read_text() == "# mine"  # the copy stays the script that made the checkpoint
     (run_dir / "checkpoint.pt").unlink()
+    (run_dir / "evaluations.csv").unlink()
     run(smoothie_continuous, run_dir="run")
     assert copied.read_text() == Path(smoothie_continuous.__file__).read_text()
+
+
+def test_a_finished_run_without_its_checkpoint_is_not_overwritten(script):
+    run_dir = run(script, run_dir="run")
+    (run_dir / "checkpoint.pt").unlink()
+    before = {path: path.read_bytes() for path in run_dir.iterdir()}
+    for steps in (300, 400):
+        with pytest.raises(SystemExit, match="this run has finished, and its checkpoint is gone"):
+            run(script, run_dir="run", total_timesteps=steps)
+    assert {path: path.read_bytes() for path in run_dir.iterdir()} == before
+
+
+def test_a_gpu_that_cannot_be_used_does_no_harm(script, monkeypatch):
+    """A driver that is too old for PyTorch still counts GPUs."""
+    monkeypatch.setattr(torch.cuda.random, "device_count", lambda: 1)
+    assert load(run(script) / "checkpoint.pt")["cuda_rng"] == []
 
 
 def test_start_in_a_process_of_its_own_says_where_the_results_are():
