@@ -133,9 +133,9 @@ def make_env(env_id, **kwargs):
 
     bounds = env.action_space
     is_vector = isinstance(bounds, gym.spaces.Box) and len(bounds.shape) == 1
-    is_vector = is_vector and bounds.dtype.kind == "f"
+    is_float = is_vector and bounds.dtype.kind == "f"
     with np.errstate(over="ignore", invalid="ignore"):
-        is_bounded = is_vector and np.isfinite(bounds.high - bounds.low).all()
+        is_bounded = is_float and np.isfinite(bounds.high - bounds.low).all()
     if not (is_bounded and env.observation_space.is_np_flattenable):
         needs = "needs a bounded 1-D Box of float actions and observations that flatten to a vector"
         sys.exit(f"--env-id {env_id}: {needs}, not {bounds} and {env.observation_space}")

@@ -31,7 +31,7 @@ class Args:
 
 
 def is_unfinished(run_dir):
-    """Return whether a run has steps left. A folder with a policy only has none."""
+    """Return whether a run has steps left. A folder that holds only a policy has none."""
     if not (run_dir / "evaluations.csv").exists():
         return False
     run = read_run(run_dir)

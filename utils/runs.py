@@ -136,7 +136,7 @@ def read_published(last_step):
 
 
 def published_for(task, rows):
-    """Return those of the published rows that are of a task: of v4 only, as v5 has other robots."""
+    """Return the published rows of a v4 task. A v5 task has none, as its robots differ."""
     return [row for row in rows if task == f"{row['task']}-v4"]
 
 

@@ -99,10 +99,12 @@ def print_summary(data, published, baseline):
     print(f"### {steps} steps, {seeds} seed{'' if seeds == '1' else 's'}\n")
     print("Mean return in the last fifth of the steps ± standard deviation over seeds\n")
     public = {task: public_return(task, published) for task in data}
-    columns = [f"probability of a higher return than {LABELS.get(baseline, baseline)}"]
-    if all(public.values()):
-        over = "interquartile mean of return / {algorithm}'s return ({source})".format(**PUBLIC)
-        columns.insert(0, over)
+    has_public = all(public.values())
+    columns = []
+    if has_public:
+        ratio = "interquartile mean of return / {algorithm}'s return ({source})".format(**PUBLIC)
+        columns.append(ratio)
+    columns.append(f"probability of a higher return than {LABELS.get(baseline, baseline)}")
     print_header("", *data, *columns)
 
     def samples(name):
@@ -118,14 +120,14 @@ def print_summary(data, published, baseline):
         relative = ""
         better = ""
         is_complete = all(returns)
-        if is_complete and all(public.values()):
+        if is_complete and has_public:
             scores = [
                 sample / td3[0] for sample, td3 in zip(samples(name), public.values(), strict=True)
             ]
             relative = with_bootstrap(interquartile_mean, scores)
         if is_complete and name != baseline and len(samples(baseline)) == len(data):
             better = with_bootstrap(probability_of_improvement, samples(name), samples(baseline))
-        statistics = [relative, better][-len(columns) :]
+        statistics = [relative, better] if has_public else [better]
         print_row(f"**{LABELS.get(name, name)}**", *returns, *statistics)
 
     label = "{algorithm}, {source} ({version}, {steps:,} steps)"
