@@ -81,13 +81,13 @@ gym.register("Unseen-v0", entry_point=lambda: Drift(), max_episode_steps=20)  # 
 
 
 def write_run(folder, returns, task="Hopper-v4", script="ddpg_continuous", seed=1, **flags):
-    """Make a run folder, with two episodes every 5,000 steps."""
+    """Make a run folder, with two episodes every 5,000 steps, as many steps long as the seed."""
     folder = Path(folder, f"{task}__{script}__{seed}__{len(list(Path(folder).glob('*')))}")
     folder.mkdir(parents=True)
     config = {"env_id": task, "task": task, "exp_name": script, "seed": seed} | flags
     (folder / "config.json").write_text(json.dumps(config))
     rows = [
-        f"{5000 * i},{episode},{value + offset},10\n"
+        f"{5000 * i},{episode},{value + offset},{seed}\n"
         for i, value in enumerate(returns)
         for episode, offset in enumerate((-1.0, 1.0))
     ]
@@ -104,13 +104,15 @@ def command_line(monkeypatch, capsys, name, *words):
 
 
 def test_statistics_of_a_run():
-    run = Run({}, np.arange(0, 101, 10), np.array([1.0, 3, 2, 6, 6, 6, 6, 6, 5, 7, 9]))
+    returns = np.array([1.0, 3, 2, 6, 6, 6, 6, 6, 5, 7, 9])
+    run = Run({}, np.arange(0, 101, 10), returns, lengths=10 * returns)
     assert run.final_return() == 7.0, "the mean at the steps 80, 90 and 100"
+    assert run.final_length() == 70.0
     assert run.area() == pytest.approx(57 / 11)
     assert run.swings() == pytest.approx((2 + 1 + 4 + 1 + 2 + 2) / 10 / (57 / 11))
-    falling = Run({}, np.array([0, 10]), np.array([-1.0, -3.0]))
+    falling = Run({}, np.array([0, 10]), np.array([-1.0, -3.0]), np.ones(2))
     assert falling.swings() == 1.0
-    assert math.isnan(Run({}, np.array([0]), np.array([5.0])).swings())
+    assert math.isnan(Run({}, np.array([0]), np.array([5.0]), np.ones(1)).swings())
 
 
 def test_interquartile_mean():
@@ -190,6 +192,7 @@ def test_read_run_folders(tmp_path):
     first, second = data["Walker2d-v4"]["ddpg_continuous"]
     assert first.steps.tolist() == [0, 5000] and first.returns.tolist() == [3.0, 6.0]
     assert second.steps.tolist() == [0, 5000, 10000] and second.returns.tolist() == [1.0, 2.0, 4.0]
+    assert second.lengths.tolist() == [2.0, 2.0, 2.0]
     early = read_runs([tmp_path], last_step=5000)["Walker2d-v4"]["ddpg_continuous"][1]
     assert early.returns.tolist() == [1.0, 2.0]
 
@@ -239,13 +242,13 @@ def test_table(tmp_path, monkeypatch, capsys):
     # is 4.3027 standard errors of 152.75 to each side, for the difference 2.7764 of 216.02.
     swings = [(300 + 200) / 2 / (400 / 3), (300 + 100) / 2 / (500 / 3), (300 + 300) / 2 / 300]
     row = "| **DDPG** | 3 | 10,000 | 300 ± 265 | -357 to 957 |  | 200 |"
-    assert f"{row} {np.mean(swings):.0%} |" in lines
+    assert f"{row} {np.mean(swings):.0%} | 2 ± 1 |" in lines
     row = "| **Smoothie** | 3 | 10,000 | 800 ± 265 | 143 to 1,457 | +500 (-100 to +1,100) | 267 |"
-    assert f"{row} 150% |" in lines
-    assert "| **mine** | 1 | 5,000 | 450 |  | +150 | 225 | 200% |" in lines
+    assert f"{row} 150% | 2 ± 1 |" in lines
+    assert "| **mine** | 1 | 5,000 | 450 |  | +150 | 225 | 200% | 1 |" in lines
     (public,) = [line for line in lines if line.startswith("| TD3, sfujim/TD3 (v1, last fifth)")]
     assert public == (
-        "| TD3, sfujim/TD3 (v1, last fifth) | 10 | 100,000 | 687 ± 513 |  |  | 360 | 28% |"
+        "| TD3, sfujim/TD3 (v1, last fifth) | 10 | 100,000 | 687 ± 513 |  |  | 360 | 28% |  |"
     )
 
     start = lines.index("### 5,000 to 10,000 steps, 1 to 3 seeds")
@@ -275,7 +278,7 @@ def test_only_v4_tasks_have_published_returns(tmp_path, monkeypatch, capsys):
     lines = command_line(monkeypatch, capsys, "table.py", tmp_path).splitlines()
     assert lines[4] == "|  | Hopper-v5 | probability of a higher return than DDPG |"
     assert lines[6:8] == ["| **DDPG** | 300 |  |", ""]
-    assert lines[-2] == "| **DDPG** | 1 | 0 | 300 |  |  | 300 |  |"
+    assert lines[-2] == "| **DDPG** | 1 | 0 | 300 |  |  | 300 |  | 1 |"
 
 
 def trailing_mean(values):

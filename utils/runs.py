@@ -42,15 +42,20 @@ MAY_DIFFER = {
 
 @dataclass
 class Run:
-    """A run's config, its evaluated steps (n,) and the mean return of each evaluation (n,)."""
+    """A run's config, its evaluated steps, and each evaluation's mean return and length, (n,)."""
 
     config: dict
     steps: np.ndarray
     returns: np.ndarray
+    lengths: np.ndarray
 
     def final_return(self):
         """Mean return of the evaluations in the last fifth of the steps: the primary metric."""
         return self.returns[self.steps >= 0.8 * self.steps[-1]].mean()
+
+    def final_length(self):
+        """Mean length in steps of the episodes of these evaluations."""
+        return self.lengths[self.steps >= 0.8 * self.steps[-1]].mean()
 
     def area(self):
         """Area under the learning curve: the mean return of all evaluations."""
@@ -68,8 +73,8 @@ def read_run(run_dir, last_step=math.inf):
     rows = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1, ndmin=2)
     rows = rows[rows[:, 0] <= last_step]
     steps = np.unique(rows[:, 0])
-    returns = np.array([rows[rows[:, 0] == step, 2].mean() for step in steps])
-    return Run(config, steps.astype(int), returns)
+    means = np.array([rows[rows[:, 0] == step, 2:].mean(0) for step in steps])
+    return Run(config, steps.astype(int), returns=means[:, 0], lengths=means[:, 1])
 
 
 def check_series(runs, name):

@@ -3,13 +3,13 @@
     python utils/table.py results/data --noise results/noise.csv
 
 The return of a run is the mean return of its evaluations in the last fifth of its steps, those of
-the mean action. Spreads are standard deviations over seeds. `area` is the mean return of all
-evaluations, the area under the learning curve. `swings` is the mean absolute change from one
-evaluation to the next, over the mean return. Intervals are 95% intervals: of a mean Student's t, of
-a difference Welch's t, in the last two columns of the summary a bootstrap over seeds (Agarwal et
-al., 2021), which is too narrow with few seeds and takes the published return as exact. Published
-returns are from utils/published.csv, where `last fifth` is the same statistic, computed from public
-data of each seed.
+the mean action. `length` is the mean number of steps of the same episodes. Spreads are standard
+deviations over seeds. `area` is the mean return of all evaluations, the area under the learning
+curve. `swings` is the mean absolute change from one evaluation to the next, over the mean return.
+Intervals are 95% intervals: of a mean Student's t, of a difference Welch's t, in the last two
+columns of the summary a bootstrap over seeds (Agarwal et al., 2021), which is too narrow with few
+seeds and takes the published return as exact. Published returns are from utils/published.csv, where
+`last fifth` is the same statistic, computed from public data of each seed.
 """
 
 from dataclasses import dataclass
@@ -144,7 +144,7 @@ def print_summary(data, published, baseline):
 def print_task(task, scripts, published, baseline):
     print(f"### {task}\n")
     minus = f"minus {LABELS.get(baseline, baseline)}, 95% interval"
-    print_header("", "seeds", "steps", "return", "95% interval", minus, "area", "swings")
+    print_header("", "seeds", "steps", "return", "95% interval", minus, "area", "swings", "length")
     returns = {name: final_returns(runs) for name, runs in scripts.items()}
     for name, runs in scripts.items():
         difference = ""
@@ -161,6 +161,7 @@ def print_task(task, scripts, published, baseline):
             difference,
             f"{np.mean([run.area() for run in runs]):,.0f}",
             percent(np.mean([run.swings() for run in runs])),
+            with_spread([run.final_length() for run in runs]),
         )
     for row in published_for(task, published):
         spread = f" ± {int(row['spread']):,}" if row["spread"] else ""
@@ -173,6 +174,7 @@ def print_task(task, scripts, published, baseline):
             "",
             f"{int(row['area']):,}" if row["area"] else "",
             percent(float(row["swings"] or np.nan)),
+            "",
         )
     print()
 
