@@ -49,13 +49,17 @@ class Run:
     returns: np.ndarray
     lengths: np.ndarray
 
+    def is_late(self):
+        """Whether each evaluation lies in the last fifth of the steps, (n,)."""
+        return self.steps >= 0.8 * self.steps[-1]
+
     def final_return(self):
         """Mean return of the evaluations in the last fifth of the steps: the primary metric."""
-        return self.returns[self.steps >= 0.8 * self.steps[-1]].mean()
+        return self.returns[self.is_late()].mean()
 
     def final_length(self):
         """Mean length in steps of the episodes of these evaluations."""
-        return self.lengths[self.steps >= 0.8 * self.steps[-1]].mean()
+        return self.lengths[self.is_late()].mean()
 
     def area(self):
         """Area under the learning curve: the mean return of all evaluations."""
