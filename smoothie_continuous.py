@@ -22,8 +22,8 @@ posterior of a given a~ is
 
     a ~ N(m + (1 - k) (a~ - m), (1 - k) Sigma),  k = Sigma / S, at most 1
 
-The random first actions count as S = infinity. For them k is 0 and a ~ N(a~, Sigma), the phantom
-action of the paper (18), which takes the buffer to be near-uniform.
+This draw is ours. The paper takes the buffer to be near-uniform and draws a ~ N(a~, Sigma) (18),
+which is the case k = 0. The random first actions count as S = infinity, so for them k is 0.
 
     theta       the actor's layers    theta', phi', w'  target_actor, target_qfs
     phi         actor.log_var         mu_theta, phi     actor(observations)

@@ -3,15 +3,16 @@
     python utils/value_estimates.py benchmark_runs/Hopper-v4__*/
 
 Each run's policy acts for ten episodes from the starts of its evaluations: with noise for Smoothie,
-without for DDPG, as its critic assumes. `expected` is the first critic's value of the policy,
-`actual` the discounted sum of the rewards that follow; both are means over all states. At a time
-limit the critic's own value stands for the rewards to come, which brings the two closer. `sigma` is
-the policy's standard deviation, from the lowest to the highest over action dimensions and states.
-`saturated` is the share of the mean's components beyond 0.97 in absolute value, where the slope of
-the tanh is below 0.06. `cosine` is that of the angle between the gradients of the first two critics
-in the action, at the mean action; its mean over all states says how well they agree on what to
-change. `smoothing` is that between the first critic's gradients with the policy's noise and
-without; at 1 both have the same direction. Only the closed form's critic has both.
+without for DDPG, as its critic assumes. `return` is the mean return of these episodes. `expected`
+is the first critic's value of the policy, `actual` the discounted sum of the rewards that follow;
+both are means over all states. At a time limit the critic's own value stands for the rewards to
+come, which brings the two closer. `sigma` is the policy's standard deviation, from the lowest to
+the highest over action dimensions and states. `saturated` is the share of the mean's components
+beyond 0.97 in absolute value, where the slope of the tanh is below 0.06. `cosine` is that of the
+angle between the gradients of the first two critics in the action, at the mean action; its mean
+over all states says how well they agree on what to change. `smoothing` is that between the first
+critic's gradients with the policy's noise and without; at 1 both have the same direction. Only the
+closed form's critic has both.
 """
 
 import sys
