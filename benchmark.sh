@@ -68,8 +68,8 @@ case $mode in
     each_run print_command | xargs -r -d '\n' -n 1 -P "$WORKERS" bash -c || true
     failed=0
     each_run report_failure
-    "$PYTHON" "$root/utils/figures.py" "$RUNS" --output "$RUNS"
-    "$PYTHON" "$root/utils/table.py" "$RUNS" >"$RUNS/tables.md"
+    "$PYTHON" "$root/utils/figures.py" "$RUNS" --output "$RUNS" --last-step "$TOTAL_TIMESTEPS"
+    "$PYTHON" "$root/utils/table.py" "$RUNS" --last-step "$TOTAL_TIMESTEPS" >"$RUNS/tables.md"
     exit $failed
     ;;
 esac

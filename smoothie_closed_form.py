@@ -439,7 +439,8 @@ def start_run(args, task):
     Exit if the folder holds a run of another script, or with flags that must not change.
     """
     config = asdict(args) | {"task": task, "script": Path(__file__).name}
-    installed = {package.name: package.version for package in importlib.metadata.distributions()}
+    packages = reversed(list(importlib.metadata.distributions()))  # the first is the one in use
+    installed = {package.name: package.version for package in packages}
     config["versions"] = {name: installed.get(name) for name in PACKAGES}
     config["run_id"] = uuid.uuid4().hex  # names the run on Weights & Biases
     if args.run_dir is None:
@@ -459,7 +460,7 @@ def start_run(args, task):
             sys.exit(f"--run-dir {run_dir}: this run used a different {', '.join(fixed)}")
         config["run_id"] = old["run_id"]
         if is_finished(run_dir, old) and not (run_dir / "checkpoint.pt").exists():
-            sys.exit(f"--run-dir {run_dir}: this run has finished, and its checkpoint is gone")
+            sys.exit(f"--run-dir {run_dir}: this run has finished and has no checkpoint")
     if not (run_dir / "checkpoint.pt").exists():  # a run that starts over may have a new script
         (run_dir / config["script"]).write_bytes(Path(__file__).read_bytes())
     print(f"run folder: {run_dir}", flush=True)

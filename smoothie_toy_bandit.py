@@ -205,7 +205,7 @@ def train(args, method, uniform=0):
 
 
 def escaped(path):
-    """Return which seeds end within one width of the better bump's top."""
+    """Return which seeds end within one width of the better bump's top, sigma below its bound."""
     mean, std = path[-1].unbind(1)
     return ((mean - MODES[1]).abs() < WIDTH) & (std < MAX_STD)
 

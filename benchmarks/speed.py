@@ -68,8 +68,8 @@ def paced(env, pipe, window, warmup=LEARNING_STARTS + WARMUP):
         if left == 0:
             seconds = time.perf_counter() - start
             status = Path("/proc/self/status").read_text()
-            peak_memory = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
-            pipe.send((seconds, peak_memory / 1000))
+            kibibytes = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+            pipe.send((seconds, kibibytes * 1024 / 1e6))
             if pipe.recv() == "stop":
                 sys.exit()
             left = window

@@ -251,7 +251,7 @@ def test_a_finished_run_without_its_checkpoint_is_not_overwritten(script):
     (run_dir / "checkpoint.pt").unlink()
     before = {path: path.read_bytes() for path in run_dir.iterdir()}
     for steps in (300, 400):
-        with pytest.raises(SystemExit, match="this run has finished, and its checkpoint is gone"):
+        with pytest.raises(SystemExit, match="this run has finished and has no checkpoint"):
             run(script, run_dir="run", total_timesteps=steps)
     assert {path: path.read_bytes() for path in run_dir.iterdir()} == before
 

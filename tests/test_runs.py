@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -397,10 +398,11 @@ def test_diverged_training_is_blamed_on_training(script, monkeypatch, what):
 
 def test_packages_that_are_not_installed_are_not_needed(script, monkeypatch):
     """A task of one's own may need no MuJoCo."""
-    monkeypatch.setattr(importlib.metadata, "distributions", lambda: [])
+    found = [SimpleNamespace(name="numpy", version=version) for version in ("2", "1")]
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: found)
     run_dir = run(script, env_id=f"{ENVS}:Recorder-v0", total_timesteps=110)
     versions = json.loads((run_dir / "config.json").read_text())["versions"]
-    assert versions == {"torch": None, "gymnasium": None, "mujoco": None, "numpy": None}
+    assert versions == {"torch": None, "gymnasium": None, "mujoco": None, "numpy": "2"}
 
 
 def test_an_error_of_the_task_keeps_its_traceback():

@@ -273,6 +273,18 @@ def test_the_summary_compares_only_what_ran_on_every_task(tmp_path, monkeypatch,
     assert "| **mine** | 450 |  |  |  |" in lines
 
 
+def test_the_summary_pools_only_as_many_seeds_on_every_task(tmp_path, monkeypatch, capsys):
+    for task, seed in [("Hopper-v4", 1), ("Hopper-v4", 2), ("Ant-v4", 1)]:
+        write_run(tmp_path, [300.0], task, seed=seed)
+        write_run(tmp_path, [300.0], task, script="smoothie_continuous", seed=seed)
+    lines = command_line(monkeypatch, capsys, "table.py", tmp_path).splitlines()
+    assert "| **Smoothie** | 300 ± 0 | 300 |  | 0.50 |" in lines
+    write_run(tmp_path, [300.0], "Ant-v4", script="smoothie_continuous", seed=2)
+    lines = command_line(monkeypatch, capsys, "table.py", tmp_path).splitlines()
+    (row,) = [line for line in lines if line.startswith("| **Smoothie** | 300 ± 0 | 300 ± 0 |")]
+    assert not row.endswith("|  | 0.50 |")
+
+
 def test_only_v4_tasks_have_published_returns(tmp_path, monkeypatch, capsys):
     write_run(tmp_path, [300.0], "Hopper-v5")
     lines = command_line(monkeypatch, capsys, "table.py", tmp_path).splitlines()
@@ -332,7 +344,6 @@ def test_the_figures_show_the_committed_data():
             lines = [line for line in axis.get_lines() if line.get_linestyle() == style]
             assert [line.get_ydata() for line in lines] == expected
     assert checked == sum(map(len, data.values()))
-    figures.plt.close(figure)
 
 
 def test_ratios(tmp_path, monkeypatch, capsys):
@@ -356,7 +367,6 @@ def test_ratios(tmp_path, monkeypatch, capsys):
     (axis,) = figure.axes
     points = [line.get_xdata().item() for line in axis.get_lines() if line.get_marker() == "o"]
     assert [point for point in points if point > 0] == pytest.approx([3.0, 1.0])
-    figures.plt.close(figure)
 
     command_line(monkeypatch, capsys, "figures.py", tmp_path, "--output", tmp_path / "pictures")
     names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
@@ -436,13 +446,15 @@ def test_the_policies_return_what_their_runs_did(task):
 
 def test_evaluate_with_noise_and_video(trained, tmp_path):
     _, run_dir = trained
-    args = evaluate.Args(run_dir, episodes=2, noise=0.2, video=tmp_path / "first.mp4")
+    args = evaluate.Args(run_dir, episodes=2, noise=0.2, video=tmp_path / "films" / "first.mp4")
     results = evaluate.main(args)
     assert len(results) == 2
     assert results != evaluate.main(evaluate.Args(run_dir, episodes=2))
     assert results == evaluate.main(evaluate.Args(run_dir, episodes=2, noise=0.2)), "seeded"
-    frames = imageio.get_reader(tmp_path / "first.mp4").count_frames()
+    frames = imageio.get_reader(tmp_path / "films" / "first.mp4").count_frames()
     assert frames == results[0][1] + 1
+    with pytest.raises(SystemExit, match="--video and --watch exclude each other"):
+        evaluate.main(evaluate.Args(run_dir, video=tmp_path / "second.mp4", watch=True))
 
 
 def test_returns_under_noise(trained, monkeypatch, capsys):
@@ -497,7 +509,6 @@ def test_the_figure_of_returns_under_noise(tmp_path, monkeypatch, capsys):
     assert bars.get_segments()[1] == pytest.approx(np.array([[0.096, low], [0.096, high]]))
     assert mine[0].get_xydata().tolist() == [[0.004, 7.0]]
     assert low < axis.get_ylim()[0] <= 0.0 and 7.0 < axis.get_ylim()[1] < high
-    figures.plt.close(figure)
 
     folder = write_run(tmp_path / "runs", [1.0]).parent
     words = ["--noise", path, "--output", tmp_path / "pictures"]

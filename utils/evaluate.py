@@ -77,6 +77,10 @@ def add_noise(env, std, seed):
 
 def main(args):
     """Print and return the (return, length) of each episode."""
+    if args.video and args.watch:
+        sys.exit("--video and --watch exclude each other")
+    if args.video:
+        args.video.parent.mkdir(parents=True, exist_ok=True)
     script, run_args = load_script(args.run_dir)
     if args.episodes is not None:
         run_args.eval_episodes = args.episodes

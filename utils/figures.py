@@ -17,9 +17,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from runs import (
     LABELS,
     final_returns,
@@ -33,9 +34,6 @@ from runs import (
     span,
     t_interval,
 )
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 WINDOW = 5  # evaluations that a smoothed value averages
 PUBLIC_STYLES = {  # Tianshou has all six tasks
@@ -59,6 +57,7 @@ class Args:
     output: Path = Path(".")  # folder for the pictures
     baseline: str = "ddpg_continuous"  # the script that ratios.png compares the others with
     noise: Path | None = None  # file of noise.py, for noise.png
+    last_step: float = float("inf")  # leave out later evaluations, to compare unequal runs
 
 
 def choose_colors(data):
@@ -81,10 +80,24 @@ def make_panels(count):
     columns = min(count, 3)
     rows = math.ceil(count / columns)
     size = (max(3.4 * columns, 6), 2.7 * rows + 0.8)
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[count:]:
         axis.remove()
     return figure, axes.flat[:count]
+
+
+def draw_legend(figure, axes, colors):
+    """Draw one legend for all panels: the scripts in order, then the public returns."""
+    lines = {}
+    for axis in axes:
+        for line, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            lines[label] = line
+    labels = [LABELS.get(name, name) for name in colors]
+    labels += [label for label in lines if label not in labels]
+    handles = [lines[label] for label in labels]
+    columns = min(len(axes), 2)
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
 
 
 def mean_curve(runs):
@@ -110,7 +123,6 @@ def learning_curves(data):
     published = read_published(longest(data))
     figure, axes = make_panels(len(data))
 
-    lines = {}  # of the legend, by label
     for (task, scripts), axis in zip(data.items(), axes, strict=True):
         for name, runs in reversed(scripts.items()):  # so that the first script ends up on top
             for run in runs:
@@ -120,18 +132,11 @@ def learning_curves(data):
             label = LABELS.get(name, name)
             axis.plot(steps / 1e6, curve, color=colors[name], linewidth=2, label=label)
         draw_public(axis, task, published)
-        for line, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            lines[label] = line
-
         axis.set_title(f"{task} (seeds: {span([len(runs) for runs in scripts.values()])})")
         axis.set_xlim(0, None)
         axis.grid(alpha=0.25)
 
-    labels = [LABELS.get(name, name) for name in colors]
-    labels += [label for label in lines if label not in labels]
-    handles = [lines[label] for label in labels]
-    columns = min(len(data), 2)
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
+    draw_legend(figure, axes, colors)
     figure.supxlabel("million environment steps")
     figure.supylabel("return of the mean action")
     return figure
@@ -175,7 +180,8 @@ def ratios(data, baseline):
     colors = choose_colors(data)
     tasks = in_order(set().union(*rows.values()), [*data, "all tasks"])
     size = (7, 1.2 + len(tasks) * (0.25 + 0.16 * len(rows)))
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.subplots()
     for i, (name, ratio_of) in enumerate(rows.items()):
         offset = 0.7 * ((i + 0.5) / len(rows) - 0.5)
         label = LABELS.get(name, name)
@@ -192,9 +198,9 @@ def ratios(data, baseline):
     axis.set_xscale("log")
     left, right = axis.get_xlim()
     axis.set_xlim(max(left, 0.05), min(right, 20))  # intervals of two seeds would dwarf the others
-    axis.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.set_yticks(range(len(tasks)), tasks)
     axis.set_ylim(len(tasks) - 0.5, -0.5)  # the first task on top
     axis.grid(alpha=0.25, axis="x")
@@ -228,20 +234,14 @@ def returns_under_noise(data):
         axis.grid(alpha=0.25)
         axis.set_ylim(1.1 * lowest, 1.1 * highest)  # intervals of two seeds would dwarf the curves
 
-    lines = {}  # of the legend, by label
-    for axis in axes:
-        lines |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    labels = [LABELS.get(name, name) for name in colors]
-    handles = [lines[label] for label in labels]
-    columns = min(len(data), 2)
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
+    draw_legend(figure, axes, colors)
     figure.supxlabel("standard deviation of the noise on the actions, bounds at -1 and 1")
     figure.supylabel("return")
     return figure
 
 
 def main(args):
-    data = read_runs(args.data)
+    data = read_runs(args.data, args.last_step)
     args.output.mkdir(parents=True, exist_ok=True)
     figures = {
         "learning_curves.png": learning_curves(data),
@@ -251,7 +251,6 @@ def main(args):
     for name, figure in figures.items():
         if figure:
             figure.savefig(args.output / name, dpi=120)
-            plt.close(figure)
             print(args.output / name)
 
 

@@ -52,6 +52,7 @@ def film(run_dir, args):
 
 
 def main(args):
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     panels = [film(run_dir, args) for run_dir in args.run_dirs]
     first, *others = [Image.fromarray(frame) for frame in np.concatenate(panels, axis=2)]
     milliseconds = round(1000 / args.frames_per_second)

@@ -95,8 +95,8 @@ def check_series(runs, name):
 
 def in_order(names, known):
     """Return the names sorted: the known ones in their order, then the others by name."""
-    known = list(known)
-    return sorted(names, key=lambda name: ([*known, name].index(name), name))
+    rank = {name: i for i, name in enumerate(known)}
+    return sorted(names, key=lambda name: (rank.get(name, len(rank)), name))
 
 
 def read_runs(folders, last_step=math.inf):
@@ -135,7 +135,8 @@ def span(numbers):
 def read_published(last_step):
     """Return the rows of published.csv to compare runs with.
 
-    They are those after the least published number of steps that is no less than last_step.
+    They are those after the least published number of steps that is no less than last_step, or else
+    after the greatest.
     """
     with open(Path(__file__).parent / "published.csv") as file:
         rows = list(csv.DictReader(file))

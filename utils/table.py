@@ -116,11 +116,13 @@ def print_summary(data, published, baseline):
             for scripts in data.values()
         ]
 
-        # The last columns need every task, lest a script gain from what it leaves out.
+        # The last columns need every task, lest a script gain from what it leaves out, and the
+        # first of them, which pools the seeds, needs as many on each.
         relative = ""
         better = ""
         is_complete = all(returns)
-        if is_complete and has_public:
+        is_balanced = len({len(sample) for sample in samples(name)}) == 1
+        if is_complete and is_balanced and has_public:
             scores = [
                 sample / td3[0] for sample, td3 in zip(samples(name), public.values(), strict=True)
             ]

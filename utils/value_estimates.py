@@ -65,7 +65,7 @@ def policy_and_critics(agent, obs):
     mean.requires_grad_()
     values = [value_at(qf, observations, mean, log_var) for qf in agent.qfs]
     slopes = [torch.autograd.grad(value.sum(), mean)[0] for value in values]
-    cosine = torch.cosine_similarity(slopes[0], slopes[min(1, len(slopes) - 1)]).item()
+    cosine = torch.cosine_similarity(slopes[0], slopes[:2][-1]).item()
 
     value_without_noise = agent.qfs[0](observations, mean)
     slope_without_noise = torch.autograd.grad(value_without_noise.sum(), mean)[0]
