@@ -271,6 +271,9 @@ def test_the_summary_compares_only_what_ran_on_every_task(tmp_path, monkeypatch,
     write_run(tmp_path, [0.0, 450.0], script="mine")
     lines = command_line(monkeypatch, capsys, "table.py", tmp_path).splitlines()
     assert "| **mine** | 450 |  |  |  |" in lines
+    words = ["table.py", tmp_path, "--tasks", "Hopper-v4"]
+    lines = command_line(monkeypatch, capsys, *words).splitlines()
+    assert "| **mine** | 450 | 0.82 | 1.00 |" in lines and "### Ant-v4" not in lines
 
 
 def test_the_summary_pools_only_as_many_seeds_on_every_task(tmp_path, monkeypatch, capsys):

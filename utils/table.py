@@ -41,6 +41,7 @@ TD3_BY_ITS_AUTHOR = {"algorithm": "TD3", "source": "sfujim/TD3", "version": "v1"
 class Args:
     data: tyro.conf.Positional[tuple[Path, ...]] = (Path("results/data"),)  # folders of run folders
     baseline: str = "ddpg_continuous"  # the script to compare the others with
+    tasks: tuple[str, ...] = ()  # only these tasks; by default all
     last_step: float = float("inf")  # leave out later evaluations, to compare unequal runs
     noise: Path | None = None  # file of noise.py, for a table of each task's returns under noise
 
@@ -201,13 +202,16 @@ def print_noise(task, scripts, baseline):
 
 def main(args):
     data = read_runs(args.data, args.last_step)
+    tasks = args.tasks or data
+    data = {task: data[task] for task in tasks}
     published = read_published(longest(data))
     print_summary(data, published, args.baseline)
     for task, scripts in data.items():
         print_task(task, scripts, published, args.baseline)
     if args.noise:
         for task, scripts in read_noise(args.noise).items():
-            print_noise(task, scripts, args.baseline)
+            if task in tasks:
+                print_noise(task, scripts, args.baseline)
 
 
 if __name__ == "__main__":
