@@ -202,15 +202,15 @@ def print_noise(task, scripts, baseline):
 
 def main(args):
     data = read_runs(args.data, args.last_step)
-    tasks = args.tasks or data
-    data = {task: data[task] for task in tasks}
+    if args.tasks:
+        data = {task: data[task] for task in args.tasks}
     published = read_published(longest(data))
     print_summary(data, published, args.baseline)
     for task, scripts in data.items():
         print_task(task, scripts, published, args.baseline)
     if args.noise:
         for task, scripts in read_noise(args.noise).items():
-            if task in tasks:
+            if not args.tasks or task in args.tasks:
                 print_noise(task, scripts, args.baseline)
 
 
