@@ -433,7 +433,7 @@ def test_evaluate_repeats_the_last_evaluation(trained, monkeypatch, capsys):
         assert f"episode {i}: return {float(value):.2f}, length {length}\n" in output
 
 
-@pytest.mark.parametrize("task", ["HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"])
+@pytest.mark.parametrize("task", ["Ant-v4", "HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"])
 def test_the_policies_return_what_their_runs_did(task):
     """Rounded to 16 bits, each returns what its run did in its last fifth, but for a fall."""
     folder = ROOT / "policies" / task
