@@ -121,7 +121,8 @@ def test_failures_are_named_and_finished_runs_are_not_repeated():
     runs, tools = calls()
     assert len(runs) == 4
     assert [Path(tool[0]).name for tool in tools] == ["figures.py", "table.py"]
-    assert tools[0][1:] == ["my_runs", "--output", "my_runs"]
+    assert tools[0][1:] == ["my_runs", "--output", "my_runs", "--last-step", "500"]
+    assert tools[1][1:] == ["my_runs", "--last-step", "500"]
 
     code, _, errors = benchmark(ENVS="Hopper-v4")
     assert (code, errors) == (0, "")
