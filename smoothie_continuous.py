@@ -458,7 +458,7 @@ def start_run(args, task):
     Exit if the folder holds a run of another script, or with flags that must not change.
     """
     config = asdict(args) | {"task": task, "script": Path(__file__).name}
-    packages = reversed(list(importlib.metadata.distributions()))  # the first is the one in use
+    packages = reversed(list(importlib.metadata.distributions()))  # the copy found first wins
     installed = {package.name: package.version for package in packages}
     config["versions"] = {name: installed.get(name) for name in PACKAGES}
     config["run_id"] = uuid.uuid4().hex  # names the run on Weights & Biases

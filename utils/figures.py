@@ -56,8 +56,8 @@ class Args:
     data: tyro.conf.Positional[tuple[Path, ...]] = (Path("results/data"),)  # folders of run folders
     output: Path = Path(".")  # folder for the pictures
     baseline: str = "ddpg_continuous"  # the script that ratios.png compares the others with
-    noise: Path | None = None  # file of noise.py, for noise.png
     last_step: float = float("inf")  # leave out later evaluations, to compare unequal runs
+    noise: Path | None = None  # file of noise.py, for noise.png
 
 
 def choose_colors(data):
