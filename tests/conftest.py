@@ -20,6 +20,7 @@ torch.set_num_threads(1)  # pytest-xdist runs one process a core
 SCRIPTS = [smoothie_continuous, smoothie_no_kl, smoothie_closed_form, ddpg_continuous]
 SMOOTHIES = SCRIPTS[:3]
 SHORT = {
+    "cuda": False,
     "compile": False,
     "learning_starts": 100,
     "batch_size": 32,

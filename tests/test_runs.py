@@ -515,7 +515,7 @@ def test_tracking_works_offline_under_any_name():
 
 def test_without_a_compiler_the_run_says_so_and_goes_on():
     """In a folder without the code that was compiled before."""
-    flags = {"total_timesteps": 102, "eval_episodes": 1, "compile": True, "cuda": False}
+    flags = {"total_timesteps": 102, "eval_episodes": 1, "compile": True}
     env = {"PATH": "/nowhere", "CXX": "g++", "TORCHINDUCTOR_CACHE_DIR": os.path.abspath("cache")}
     result = start(smoothie_continuous, env, **flags)
     assert result.returncode == 0, result.stderr

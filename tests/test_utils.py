@@ -274,6 +274,8 @@ def test_the_summary_compares_only_what_ran_on_every_task(tmp_path, monkeypatch,
     words = ["table.py", tmp_path, "--tasks", "Hopper-v4"]
     lines = command_line(monkeypatch, capsys, *words).splitlines()
     assert "| **mine** | 450 | 0.82 | 1.00 |" in lines and "### Ant-v4" not in lines
+    with pytest.raises(SystemExit, match="--tasks Humanoid-v4: there are no runs of it"):
+        command_line(monkeypatch, capsys, *words, "Humanoid-v4")
 
 
 def test_the_summary_pools_only_as_many_seeds_on_every_task(tmp_path, monkeypatch, capsys):
@@ -379,7 +381,7 @@ def test_ratios(tmp_path, monkeypatch, capsys):
     assert figures.ratios(alone, "ddpg_continuous") is None
 
 
-@pytest.fixture(scope="module", params=[smoothie_continuous, ddpg_continuous])
+@pytest.fixture(scope="module", params=[smoothie_continuous, smoothie_closed_form, ddpg_continuous])
 def trained(request, tmp_path_factory):
     """A short run. Return the folder that its task is in and the run folder."""
     script = request.param

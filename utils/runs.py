@@ -169,7 +169,10 @@ def final_returns(runs):
 
 
 def interquartile_mean(samples):
-    """Mean over the last axis of all samples, without the lowest and the highest quarter."""
+    """Mean over the last axis of all samples, without the lowest and the highest quarter.
+
+    The quarter is rounded down to whole values, as in Agarwal et al. (2021).
+    """
     return stats.trim_mean(np.concatenate(samples, -1), 0.25, axis=-1)
 
 

@@ -12,6 +12,7 @@ seeds and takes the published return as exact. Published returns are from utils/
 `last fifth` is the same statistic, computed from public data of each seed.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -202,6 +203,9 @@ def print_noise(task, scripts, baseline):
 
 def main(args):
     data = read_runs(args.data, args.last_step)
+    for task in args.tasks:
+        if task not in data:
+            sys.exit(f"--tasks {task}: there are no runs of it")
     if args.tasks:
         data = {task: data[task] for task in args.tasks}
     published = read_published(longest(data))
