@@ -259,7 +259,8 @@ def test_a_finished_run_without_its_checkpoint_is_not_overwritten(script):
 def test_a_gpu_that_cannot_be_used_does_no_harm(script, monkeypatch):
     """A driver that is too old for PyTorch still counts GPUs."""
     monkeypatch.setattr(torch.cuda.random, "device_count", lambda: 1)
-    assert load(run(script) / "checkpoint.pt")["cuda_rng"] == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert load(run(script, cuda=True) / "checkpoint.pt")["cuda_rng"] == []
 
 
 def test_start_in_a_process_of_its_own_says_where_the_results_are():
